@@ -18,6 +18,16 @@ from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import RequirementError
 from qemu_ioasid.process import current_run
 
+#: What a full, read-only or mistaken place answers.
+_NO_PLACE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
+
 
 def root() -> Path:
     """``QEMU_IOASID_CACHE``, else ``qemu_ioasid`` below the user's cache folder; it is made."""
@@ -44,7 +54,7 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno in _NO_PLACE:
             where = error.filename or path
             raise RequirementError(
                 f"{where}: {error.strerror}; make room, or set QEMU_IOASID_CACHE to another folder"
@@ -115,7 +125,7 @@ def scratch(kind: str) -> Iterator[Path]:
 def get_or_build(
     kind: str,
     key: str,
-    build: Callable[[Path], None],
+    build: Callable[[Path], object],
     *,
     deadline: Deadline,
     on_wait: Callable[[], None] | None = None,

@@ -48,7 +48,8 @@ class Deadline:
     def __init__(self, seconds: float, what: str) -> None:
         self.what = what
         self.seconds = seconds * calibration()
-        self._end = time.monotonic() + self.seconds
+        self._start = time.monotonic()
+        self._end = self._start + self.seconds
 
     def within(self, seconds: float, what: str) -> Deadline:
         """A part of this budget: *seconds* for *what*, or what is left if that is less."""
@@ -64,6 +65,10 @@ class Deadline:
         if left <= 0:
             raise self.exceeded()
         return left
+
+    def elapsed(self) -> float:
+        """Seconds since the deadline was set."""
+        return time.monotonic() - self._start
 
     def exceeded(self) -> DeadlineExceeded:
         """The error to raise when a wait bounded by `remaining` came back empty-handed."""

@@ -1,0 +1,184 @@
+"""The guest role: the arena, the devices this guest was given, the work. JSON in, JSON out."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from qemu_ioasid.agent.arena import SIZE, Arena
+from qemu_ioasid.agent.hello import compiled_package, machine
+from qemu_ioasid.agent.iommufd import IOMMU
+from qemu_ioasid.agent.opendevice import OwnDevices
+from qemu_ioasid.agent.pci import DRIVER, functions, give_to_vfio
+from qemu_ioasid.agent.uapi.pdma import PDMA_PCI_DEVICE_ID, PDMA_PCI_VENDOR_ID
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from qemu_ioasid.agent.watch import Watch
+
+    Json = dict[str, Any]
+
+BIND_BASE = 1 << 32
+
+# fmt: off
+OPERATIONS = (
+    "hello", "pci_devices", "arena", "nonce", "fill", "write", "read", "watch", "changes",
+    "device_open", "device_close", "iova_ranges", "ioas_map", "ioas_unmap", "bind_request",
+    "bound", "unbound", "bindings",
+)
+# fmt: on
+
+
+class Guest:
+    """What runs in a guest. The methods named in OPERATIONS are the protocol's.
+
+    A guest registers nothing: bind_request says what it wants, the orchestrator carries that to the
+    registrar, and bound tells the guest what it was given.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._own = OwnDevices()
+        self._arena: Arena | None = None
+        self._watch: Watch | None = None
+        self._bindings: dict[tuple[str, int], Json] = {}
+        self.operations: Mapping[str, Callable[..., Any]] = {
+            **{name: getattr(self, name) for name in OPERATIONS},
+            "compiled_package": compiled_package,
+            "submit": self._own.submit,
+            "submit_start": self._own.submit_start,
+            "submit_wait": self._own.submit_wait,
+            "device_reset": self._own.reset,
+            "device_registers": self._own.registers,
+        }
+
+    def close(self) -> None:
+        """Closes the devices and frees the arena."""
+        try:
+            self._own.close()
+        finally:
+            if self._arena:
+                self._arena.close()
+
+    def hello(self) -> Json:
+        """The machine, and the features the agent needs of its kernel."""
+        kernel = {
+            "iommu": os.path.exists(IOMMU),
+            "vfio_pci": os.path.exists(f"/sys/bus/pci/drivers/{DRIVER}"),
+            "hugetlb": os.path.exists("/sys/kernel/mm/hugepages/hugepages-2048kB"),
+        }
+        return machine("guest", kernel)
+
+    def pci_devices(self) -> list[str]:
+        """The addresses of this guest's pdma functions."""
+        return functions(PDMA_PCI_VENDOR_ID, PDMA_PCI_DEVICE_ID)
+
+    # --- the arena ----------------------------------------------------------------------
+
+    def _memory(self) -> Arena:
+        with self._lock:
+            if self._arena is None:
+                self._arena = Arena()
+            return self._arena
+
+    def arena(self) -> Json:
+        """Where the arena is in guest-physical memory; the first call allocates it."""
+        return {"gpa": self._memory().gpa, "size": SIZE}
+
+    def nonce(self) -> Json:
+        """Fresh random bytes at offset 0."""
+        return {"hex": self._memory().nonce().hex()}
+
+    def fill(self, seed: int | str, offset: int = 0, length: int | None = None) -> Json:
+        """Deterministic bytes, by default all over the arena."""
+        from qemu_ioasid.agent.watch import digest
+
+        size = SIZE - offset if length is None else length
+        return {"blake2b": digest(self._memory().fill(seed, offset, size))}
+
+    def write(self, offset: int, hex: str) -> None:
+        """Writes bytes to the arena."""
+        self._memory().write(offset, bytes.fromhex(hex))
+
+    def read(self, offset: int, length: int) -> Json:
+        """Bytes of the arena."""
+        return {"hex": self._memory().read(offset, length).hex()}
+
+    def watch(self) -> Json:
+        """Takes a snapshot of the arena."""
+        from qemu_ioasid.agent.watch import Watch, digest
+
+        self._watch = Watch(self._memory().memory, 0, SIZE)
+        return {"blake2b": digest(self._watch.snapshot)}
+
+    def changes(self, expect: list[Json] | None = None, update: bool = True) -> Json:
+        """What changed in the arena since the snapshot."""
+        if self._watch is None:
+            raise RuntimeError("the arena is not watched")
+        return self._watch.changes(expect or (), update)
+
+    # --- devices, and work without a PASID ----------------------------------------------
+
+    def device_open(self, name: str, bdf: str) -> Json:
+        """Takes a PCI function for this agent and opens it."""
+        opened = self._own.open(name, give_to_vfio(bdf), f"agent:{name}")
+        registers = opened.ring.registers()
+        return {"name": name, "bdf": bdf, "ioas": opened.ioas, "registers": registers}
+
+    def device_close(self, name: str) -> None:
+        """Closes a device; its mappings are gone."""
+        self._own.close_one(name)
+
+    def iova_ranges(self, name: str) -> list[tuple[int, int]]:
+        """The usable IOVAs of the device's own address space, (first, last) inclusive."""
+        opened = self._own.get(name)
+        return opened.iommufd.ioas_iova_ranges(opened.ioas)
+
+    def ioas_map(
+        self, name: str, iova: int, offset: int, length: int, writeable: bool = True
+    ) -> Json:
+        """Maps a range of the arena into the device's own address space."""
+        opened = self._own.get(name)
+        address = self._memory().va(offset, length)
+        return {"iova": opened.iommufd.ioas_map(opened.ioas, address, length, iova, writeable)}
+
+    def ioas_unmap(self, name: str, iova: int, length: int) -> Json:
+        """Unmaps a range of the device's own address space."""
+        opened = self._own.get(name)
+        return {"length": opened.iommufd.ioas_unmap(opened.ioas, iova, length)}
+
+    # --- what the guest asks for, what it was given -------------------------------------
+
+    def bind_request(self, name: str, offset: int, length: int, iova: int | None = None) -> Json:
+        """What this guest would like bound to a PASID on a device."""
+        self._own.get(name)
+        arena = self._memory()
+        arena.va(offset, length)
+        return {
+            "device": name,
+            "iova": BIND_BASE + offset if iova is None else iova,
+            "gpa": arena.gpa + offset,
+            "length": length,
+        }
+
+    def bound(self, name: str, pasid: int, iova: int, offset: int, length: int) -> None:
+        """Tells the guest what it was given."""
+        with self._lock:
+            self._bindings[name, pasid] = {"iova": iova, "offset": offset, "length": length}
+
+    def unbound(self, name: str, pasid: int) -> None:
+        """Tells the guest what was taken away."""
+        with self._lock:
+            if self._bindings.pop((name, pasid), None) is None:
+                raise KeyError(f"PASID {pasid} is not bound on {name!r}")
+
+    def bindings(self) -> list[Json]:
+        """What this guest holds."""
+        with self._lock:
+            return [
+                {"device": name, "pasid": pasid, **binding}
+                for (name, pasid), binding in self._bindings.items()
+            ]

@@ -1,0 +1,196 @@
+"""One guest on the host side: its QEMU process and everything it was given."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import select
+import signal
+import threading
+from contextlib import ExitStack
+
+from qemu_ioasid.agent.descriptor import Descriptor
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Mapping, Sequence
+    from subprocess import Popen
+
+    from qemu_ioasid.agent.iommufd import Iommufd
+    from qemu_ioasid.agent.spawn import Spawner
+    from qemu_ioasid.agent.vfio import VfioDevice
+
+RUNTIME = "/run/qemu-ioasid"
+OUTPUT_TAIL = 8192
+
+
+def substituted(argv: Sequence[str], numbers: Mapping[str, int]) -> list[str]:
+    """argv with every "{key}" of numbers replaced; other brace text (JSON) is left alone."""
+    result = []
+    for argument in argv:
+        for key, number in numbers.items():
+            argument = argument.replace("{" + key + "}", str(number))
+        result.append(argument)
+    return result
+
+
+def _listening(folder: str, names: Sequence[str], stack: ExitStack) -> dict[str, socket.socket]:
+    """Listening unix sockets in a folder that only this user may enter; stack removes all."""
+    import shutil
+    import socket
+
+    os.makedirs(RUNTIME, mode=0o700, exist_ok=True)
+    # left by an agent that was killed; the name is ours, since a running guest holds it no more
+    shutil.rmtree(folder, ignore_errors=True)
+    os.mkdir(folder, mode=0o700)
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    sockets = {}
+    for name in names:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        listener.bind(f"{folder}/{name}")
+        listener.listen()
+        sockets[name] = listener
+    return sockets
+
+
+class GuestVm:
+    """A guest's QEMU, from start() until forget().
+
+    Owns the RAM file, the iommufd, the device files and the socket folder. When QEMU dies, by
+    itself or by stop(), a thread of this object reaps it and closes the devices (whose PASID lists
+    die with them), the iommufd and the sockets; only the memory stays to be read, until forget().
+    """
+
+    def __init__(
+        self, name: str, memory_size: int, iommufd: Iommufd, devices: Mapping[str, VfioDevice]
+    ) -> None:
+        """Takes over iommufd and devices on success. memory_size in bytes. Raises OSError."""
+        self.name = name
+        self.memory_size = memory_size
+        self.iommufd = iommufd
+        self.devices = dict(devices)
+        self.pid = 0
+        self.returncode: int | None = None
+        self.socket_paths: dict[str, str] = {}
+        self._gone = threading.Event()
+        self._gone.set()
+        with ExitStack() as stack:
+            self.memory_fd = os.memfd_create(f"ram-{name}", os.MFD_CLOEXEC)
+            stack.callback(os.close, self.memory_fd)
+            os.ftruncate(self.memory_fd, memory_size)
+            self.memory = stack.enter_context(mmap.mmap(self.memory_fd, memory_size))
+            self._output = os.memfd_create(f"output-{name}", os.MFD_CLOEXEC)
+            stack.callback(os.close, self._output)
+            self._memory_stack = stack.pop_all()
+        self._running_stack = ExitStack()
+
+    def start(
+        self,
+        spawner: Spawner,
+        argv: Sequence[str],
+        socket_names: Sequence[str],
+        on_exit: Callable[[GuestVm], None],
+    ) -> int:
+        """Starts QEMU; returns its pid. Once. On failure everything but forget() is undone.
+
+        on_exit runs in this object's thread when QEMU is dead and its files are closed, before
+        stop() returns. Raises OSError.
+        """
+        with ExitStack() as stack:
+            stack.callback(self.iommufd.close)
+            for device in self.devices.values():
+                stack.callback(device.close)
+            sockets = _listening(f"{RUNTIME}/{self.name}", socket_names, stack)
+            process = self._spawn(spawner, argv, sockets, stack)
+            for name, listener in sockets.items():
+                self.socket_paths[name] = listener.getsockname()
+                # QEMU's copy is the only one left: after its death a connect is refused
+                listener.close()
+            self._running_stack = stack.pop_all()
+        self.pid = process.pid
+        self._gone.clear()
+        watcher = threading.Thread(
+            target=self._watch, args=(process, on_exit), name=f"guest-{self.name}", daemon=True
+        )
+        watcher.start()
+        return self.pid
+
+    def _spawn(
+        self,
+        spawner: Spawner,
+        argv: Sequence[str],
+        sockets: Mapping[str, socket.socket],
+        stack: ExitStack,
+    ) -> Popen[bytes]:
+        with ExitStack() as borrowed:
+            numbers = {
+                "memory": self.memory_fd,
+                "iommufd": borrowed.enter_context(self.iommufd.descriptor.borrowed()),
+            }
+            for name, device in self.devices.items():
+                fd = borrowed.enter_context(device.descriptor.borrowed())
+                numbers[f"device:{name}"] = fd
+            for name, listener in sockets.items():
+                numbers[f"socket:{name}"] = listener.fileno()
+            command = substituted(argv, numbers)
+            process = spawner.spawn(command, numbers.values(), self._output)
+        try:
+            self._pidfd = Descriptor(os.pidfd_open(process.pid), f"pidfd of {self.name}")
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        stack.callback(self._pidfd.close)
+        return process
+
+    def _watch(self, process: Popen[bytes], on_exit: Callable[[GuestVm], None]) -> None:
+        with self._pidfd.borrowed() as fd:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            poll.poll()
+        # Nobody else waits for it, so the pid stays its own until here.
+        self.returncode = process.wait()
+        try:
+            self._running_stack.close()
+            on_exit(self)
+        finally:
+            self._gone.set()
+
+    @property
+    def running(self) -> bool:
+        """QEMU lives, or its teardown is not over."""
+        return not self._gone.is_set()
+
+    def output(self) -> str:
+        """The end of what QEMU wrote to stdout and stderr."""
+        size = os.fstat(self._output).st_size
+        start = max(0, size - OUTPUT_TAIL)
+        return os.pread(self._output, OUTPUT_TAIL, start).decode(errors="replace")
+
+    def kill(self) -> None:
+        """SIGKILL; does not wait. On a dead guest: does nothing."""
+        try:
+            with self._pidfd.borrowed() as fd:
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+        except OSError as error:
+            # EBADF: the teardown has closed the pidfd
+            if error.errno not in (errno.ESRCH, errno.EBADF):
+                raise
+
+    def stop(self, seconds: float) -> None:
+        """Kills QEMU and waits until its files are closed here, too.
+
+        Raises TimeoutError: QEMU does not die, or work in flight holds a device file.
+        """
+        if self.running:
+            self.kill()
+        if not self._gone.wait(seconds):
+            raise TimeoutError(f"guest {self.name}: dead and torn down, not within {seconds:g} s")
+
+    def forget(self) -> None:
+        """Frees the memory and the output. OSError EBUSY: it runs."""
+        if self.running:
+            raise OSError(errno.EBUSY, f"guest {self.name} is running")
+        self._memory_stack.close()

@@ -1,0 +1,42 @@
+"""What an agent says of the machine it runs on."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def machine(role: str, kernel: dict[str, bool]) -> dict[str, Any]:
+    """Role, kernel release, Python, pid, and the features asked of the kernel by the role."""
+    return {
+        "role": role,
+        "release": os.uname().release,
+        "python": sys.version.split()[0],
+        "pid": os.getpid(),
+        "kernel": kernel,
+    }
+
+
+def executable(name: str) -> str | None:
+    """The path of a program in PATH."""
+    for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        path = f"{folder}/{name}"
+        if os.access(path, os.X_OK):
+            return path
+    return None
+
+
+def compiled_package() -> dict[str, str]:
+    """The package this agent runs from, compiled by its Python: a zip in base64.
+
+    Raises LookupError when the agent does not run from a zip of sources.
+    """
+    from binascii import b2a_base64
+
+    from qemu_ioasid.agent.package import compiled, running_from
+
+    return {"zip": b2a_base64(compiled(running_from()), newline=False).decode()}

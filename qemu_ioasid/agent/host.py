@@ -1,0 +1,459 @@
+"""The host role: mdevs, guests, the registrar, the witnesses. JSON in, JSON out."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import threading
+from contextlib import ExitStack, suppress
+
+from qemu_ioasid.agent import kernellist, mdev
+from qemu_ioasid.agent.deadline import wait_for
+from qemu_ioasid.agent.guestvm import GuestVm
+from qemu_ioasid.agent.hello import compiled_package, executable, machine
+from qemu_ioasid.agent.iommufd import IOMMU, Iommufd
+from qemu_ioasid.agent.opendevice import OwnDevices
+from qemu_ioasid.agent.registrar import Registrar
+from qemu_ioasid.agent.vfio import MDEV_DEVICES, VfioDevice
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from qemu_ioasid.agent.server import Emit
+    from qemu_ioasid.agent.slowmemory import SlowMemory
+    from qemu_ioasid.agent.spawn import Spawner
+    from qemu_ioasid.agent.tracing import AccessTrace
+    from qemu_ioasid.agent.watch import Watch
+
+    Json = dict[str, Any]
+
+QEMU = "qemu-system-x86_64"
+STOP_SECONDS = 30.0
+
+# fmt: off
+OPERATIONS = (
+    "hello", "mdev_create", "mdev_remove", "guest_start", "guest_status", "guest_stop",
+    "guest_forget", "ioas_alloc", "ioas_destroy", "ioas_map_guest", "ioas_unmap", "pasid_alloc",
+    "pasid_free", "pasids", "register", "replace", "unregister", "ledger", "audit", "raw_attach",
+    "raw_detach", "kernel_list", "kernel_table", "wait_blocked", "watch", "changes", "read",
+    "trace_start", "trace_clear", "trace_read", "trace_stop", "slow_create", "slow_wait",
+    "slow_release", "slow_read", "slow_close", "device_open", "device_close",
+)
+# fmt: on
+
+
+class Host:
+    """Holds every fd of the host side. The methods named in OPERATIONS are the protocol's.
+
+    Arguments and answers: docs of the protocol (agent operations). An "iommufd" is named by the
+    guest it belongs to, or "agent:DEVICE" for a device the agent opened itself.
+    """
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        # guards the dicts; never held across a call that may block
+        self._lock = threading.Lock()
+        self._opening = threading.Lock()
+        self._registrar = Registrar()
+        self._mdevs: dict[str, mdev.Mdev] = {}
+        self._uuids: dict[str, str] = {}
+        self._guests: dict[str, GuestVm] = {}
+        self._own = OwnDevices()
+        self._watches: dict[str, Watch] = {}
+        self._slow: dict[int, SlowMemory] = {}
+        self._handles = itertools.count(1)
+        self._trace: AccessTrace | None = None
+        self._spawner: Spawner | None = None
+        self.operations: Mapping[str, Callable[..., Any]] = {
+            **{name: getattr(self, name) for name in OPERATIONS},
+            "compiled_package": compiled_package,
+            "device_submit": self._own.submit,
+            "device_reset": self._own.reset,
+            "device_registers": self._own.registers,
+        }
+
+    def close(self) -> None:
+        """Ends everything: sleepers wake, guests die, devices close, mdevs go."""
+        with ExitStack() as stack:
+            for created in self._mdevs.values():
+                stack.callback(created.remove)
+            for guest in self._guests.values():
+                stack.callback(guest.stop, STOP_SECONDS)
+            stack.callback(self._own.close)
+            for guest in self._guests.values():
+                if guest.running:
+                    stack.callback(guest.kill)
+            if self._trace:
+                stack.callback(self._trace.close)
+            for slow in self._slow.values():
+                stack.callback(slow.close)
+
+    # --- names --------------------------------------------------------------------------
+
+    def _guest(self, name: str) -> GuestVm:
+        with self._lock:
+            if name not in self._guests:
+                raise KeyError(f"no guest {name!r}")
+            return self._guests[name]
+
+    def _devices(self) -> dict[str, VfioDevice]:
+        devices = {opened.device.name: opened.device for opened in self._own.all()}
+        with self._lock:
+            for guest in self._guests.values():
+                if guest.running:
+                    devices.update(guest.devices)
+            return devices
+
+    def _device(self, name: str) -> VfioDevice:
+        devices = self._devices()
+        if name not in devices:
+            raise KeyError(f"no open device {name!r}")
+        return devices[name]
+
+    def _iommufd(self, name: str) -> Iommufd:
+        with self._lock:
+            if name in self._guests:
+                return self._guests[name].iommufd
+        for opened in self._own.all():
+            if opened.iommufd.name == name:
+                return opened.iommufd
+        raise KeyError(f"no iommufd {name!r}")
+
+    def _refuse_open(self, name: str) -> None:
+        if name in self._devices():
+            raise OSError(errno.EBUSY, f"device {name!r} is open")
+
+    # --- the machine, the mdevs ---------------------------------------------------------
+
+    def hello(self) -> Json:
+        """The machine, and the features the rig needs of the kernel."""
+        from qemu_ioasid.agent.slowmemory import USERFAULTFD
+        from qemu_ioasid.agent.tracing import TRACEFS, ensure_mounted
+
+        for filesystem, folder in (("debugfs", kernellist.DEBUGFS), ("tracefs", TRACEFS)):
+            # where it fails, the features below say no
+            with suppress(OSError):
+                ensure_mounted(filesystem, folder)
+        kernel = {
+            "iommu": os.path.exists(IOMMU),
+            "mdev_type": mdev.supported(),
+            "debugfs": os.path.isdir(kernellist.FOLDER),
+            "tracefs": os.path.exists(f"{TRACEFS}/trace"),
+            "kprobe": os.path.exists(f"{TRACEFS}/kprobe_events"),
+            "userfaultfd": os.path.exists(USERFAULTFD),
+        }
+        return {**machine("host", kernel), "qemu": executable(QEMU)}
+
+    def mdev_create(self, name: str, uuid: str) -> Json:
+        """Creates an mdev and names it."""
+        with self._opening:
+            if name in self._mdevs:
+                raise OSError(errno.EEXIST, f"there is an mdev {name!r}")
+            with ExitStack() as stack:
+                created = stack.enter_context(mdev.Mdev.create(uuid))
+                cdev = created.cdev
+                self._mdevs[name] = created
+                self._uuids[name] = uuid
+                stack.pop_all()
+        return {"name": name, "uuid": uuid, "vfio": cdev}
+
+    def mdev_remove(self, name: str) -> None:
+        """Removes an mdev; EBUSY while its device is open here."""
+        self._refuse_open(name)
+        with self._lock:
+            created = self._mdevs.pop(name, None)
+        if created is None:
+            raise KeyError(f"no mdev {name!r}")
+        created.remove()
+
+    # --- guests -------------------------------------------------------------------------
+
+    def guest_start(
+        self, name: str, argv: list[str], memory: int, devices: dict[str, str], sockets: list[str]
+    ) -> Json:
+        """Starts a guest's QEMU with every fd it needs."""
+        from qemu_ioasid.agent.spawn import Spawner
+
+        with self._opening, ExitStack() as stack:
+            if name in self._guests:
+                raise OSError(errno.EEXIST, f"there is a guest {name!r}")
+            if self._spawner is None:
+                self._spawner = Spawner()
+            iommufd = stack.enter_context(Iommufd.open(name))
+            opened = {}
+            for label, uuid in devices.items():
+                self._refuse_open(label)
+                device = VfioDevice.open(label, f"{MDEV_DEVICES}/{uuid}", iommufd)
+                opened[label] = stack.enter_context(device)
+                self._uuids[label] = uuid
+            guest = GuestVm(name, memory, iommufd, opened)
+            stack.callback(guest.forget)
+            with self._lock:
+                self._guests[name] = guest
+            stack.callback(self._guests.pop, name)
+            pid = guest.start(self._spawner, argv, sockets, self._guest_gone)
+            stack.pop_all()
+        return {
+            "pid": pid,
+            "sockets": guest.socket_paths,
+            "devices": {label: device.cdev for label, device in opened.items()},
+        }
+
+    def _guest_gone(self, guest: GuestVm) -> None:
+        for device in guest.devices.values():
+            self._registrar.drop_device(device)
+        self._registrar.drop_owner(guest.name)
+        self._emit(
+            {
+                "event": "guest-exit",
+                "name": guest.name,
+                "returncode": guest.returncode,
+                "stderr": guest.output(),
+            }
+        )
+
+    def guest_status(self, name: str) -> Json:
+        """Whether QEMU runs, how it ended, what it wrote."""
+        guest = self._guest(name)
+        return {
+            "pid": guest.pid,
+            "running": guest.running,
+            "returncode": guest.returncode,
+            "stderr": guest.output(),
+        }
+
+    def guest_stop(self, name: str, seconds: float = STOP_SECONDS) -> Json:
+        """Kills QEMU; everything but the memory is closed when this answers."""
+        self._guest(name).stop(seconds)
+        return self.guest_status(name)
+
+    def guest_forget(self, name: str) -> None:
+        """Frees a dead guest's memory and its name."""
+        guest = self._guest(name)
+        guest.forget()
+        with self._lock:
+            del self._guests[name]
+            self._watches.pop(name, None)
+
+    # --- address spaces -----------------------------------------------------------------
+
+    def ioas_alloc(self, iommufd: str) -> Json:
+        """A fresh IOAS of an iommufd."""
+        return {"ioas": self._iommufd(iommufd).ioas_alloc()}
+
+    def ioas_destroy(self, iommufd: str, ioas: int) -> None:
+        """Destroys an IOAS."""
+        self._iommufd(iommufd).destroy(ioas)
+
+    def ioas_map_guest(
+        self,
+        iommufd: str,
+        ioas: int,
+        iova: int,
+        gpa: int,
+        length: int,
+        writeable: bool = True,
+        guest: str | None = None,
+    ) -> Json:
+        """Maps a range of a guest's RAM file (guest-physical address = file offset)."""
+        fd = self._guest(guest or iommufd).memory_fd
+        space = self._iommufd(iommufd)
+        return {"iova": space.ioas_map_file(ioas, fd, gpa, length, iova, writeable)}
+
+    def ioas_unmap(self, iommufd: str, ioas: int, iova: int, length: int) -> Json:
+        """Unmaps a range."""
+        return {"length": self._iommufd(iommufd).ioas_unmap(ioas, iova, length)}
+
+    # --- the registrar ------------------------------------------------------------------
+
+    def pasid_alloc(self, owner: str) -> Json:
+        """A PASID of the parent."""
+        return {"pasid": self._registrar.alloc(owner)}
+
+    def pasid_free(self, pasid: int) -> None:
+        """Gives a PASID back."""
+        self._registrar.free(pasid)
+
+    def pasids(self) -> list[Any]:
+        """The PASIDs handed out."""
+        return self._registrar.allocated()
+
+    def register(self, device: str, iommufd: str, pasid: int, ioas: int) -> None:
+        """Puts a PASID into a device's list."""
+        self._registrar.register(self._device(device), self._iommufd(iommufd), pasid, ioas)
+
+    def replace(self, device: str, pasid: int, ioas: int) -> None:
+        """Makes a registered PASID name another IOAS."""
+        self._registrar.replace(self._device(device), pasid, ioas)
+
+    def unregister(self, device: str, pasid: int) -> None:
+        """Takes a PASID out of a device's list."""
+        self._registrar.unregister(self._device(device), pasid)
+
+    def ledger(self) -> list[Any]:
+        """What the registrar registered."""
+        return self._registrar.ledger()
+
+    def audit(self) -> Json:
+        """The ledger against the kernel's lists of every open device."""
+
+        def pasids(device: VfioDevice) -> dict[int, int]:
+            rows = self.kernel_list(device.name)
+            return {int(row["pasid"]): int(row["ioas"]) for row in rows}
+
+        return self._registrar.audit(self._devices().values(), pasids)
+
+    # --- straight to the kernel ---------------------------------------------------------
+
+    def raw_attach(self, device: str, ioas: int, pasid: int | None = None) -> Json:
+        """An attach with no ledger and no check: what an attacker with the fd would do."""
+        target = self._device(device)
+        if pasid is None:
+            return {"pt_id": target.attach(ioas)}
+        return {"pt_id": target.attach_pasid(pasid, ioas)}
+
+    def raw_detach(self, device: str, pasid: int | None = None) -> None:
+        """A detach with no ledger and no check."""
+        target = self._device(device)
+        if pasid is None:
+            target.detach()
+        else:
+            target.detach_pasid(pasid)
+
+    def kernel_list(self, device: str) -> list[Json]:
+        """The kernel's own list of a device, open or not."""
+        if device not in self._uuids:
+            raise KeyError(f"no device {device!r}")
+        return kernellist.device_list(self._uuids[device])
+
+    def kernel_table(self) -> list[Json]:
+        """The kernel's PASID table of the parent."""
+        return kernellist.parent_table()
+
+    def wait_blocked(self, device: str, pasid: int, seconds: float) -> Json:
+        """Waits until the kernel has blocked a PASID of a device (it drains) or dropped it."""
+
+        def state() -> str | None:
+            for row in self.kernel_list(device):
+                if row["pasid"] == pasid:
+                    return "blocked" if row["state"] == "blocked" else None
+            return "gone"
+
+        return {"state": wait_for(f"PASID {pasid} of {device} blocked", seconds, state)}
+
+    # --- witnesses ----------------------------------------------------------------------
+
+    def watch(self, guest: str, gpa: int, length: int) -> Json:
+        """Takes a snapshot of a range of a guest's RAM."""
+        from qemu_ioasid.agent.watch import Watch, digest
+
+        taken = Watch(self._guest(guest).memory, gpa, length)
+        with self._lock:
+            self._watches[guest] = taken
+        return {"blake2b": digest(taken.snapshot)}
+
+    def changes(self, guest: str, expect: list[Json] | None = None, update: bool = True) -> Json:
+        """What changed in the watched range since the snapshot."""
+        with self._lock:
+            if guest not in self._watches:
+                raise KeyError(f"guest {guest!r} is not watched")
+            taken = self._watches[guest]
+        return taken.changes(expect or (), update)
+
+    def read(self, guest: str, gpa: int, length: int) -> Json:
+        """Bytes of a guest's RAM."""
+        memory = self._guest(guest).memory
+        if gpa < 0 or length < 0 or gpa + length > len(memory):
+            raise ValueError(f"{gpa:#x}+{length:#x} is outside the RAM of {guest}")
+        return {"hex": memory[gpa : gpa + length].hex()}
+
+    def trace_start(self) -> None:
+        """Starts the trace of iommufd_access_rw; running already: clears it."""
+        from qemu_ioasid.agent.tracing import AccessTrace
+
+        if self._trace:
+            self._trace.clear()
+            return
+        trace = AccessTrace()
+        trace.start()
+        self._trace = trace
+
+    def _running_trace(self) -> AccessTrace:
+        if not self._trace:
+            raise RuntimeError("the trace is not started")
+        return self._trace
+
+    def trace_clear(self) -> None:
+        """Forgets the accesses recorded."""
+        self._running_trace().clear()
+
+    def trace_read(self) -> list[Json]:
+        """The accesses recorded."""
+        return [
+            {"iova": a.iova, "length": a.length, "write": a.write, "access": a.access}
+            for a in self._running_trace().read()
+        ]
+
+    def trace_stop(self) -> None:
+        """Takes the probe away."""
+        trace, self._trace = self._trace, None
+        if trace:
+            trace.close()
+
+    # --- memory that sleeps -------------------------------------------------------------
+
+    def slow_create(self, iommufd: str, ioas: int, iova: int, length: int) -> Json:
+        """Maps memory that puts accesses to sleep into an IOAS."""
+        from qemu_ioasid.agent.slowmemory import SlowMemory
+
+        slow = SlowMemory(self._iommufd(iommufd), ioas, iova, length)
+        handle = next(self._handles)
+        with self._lock:
+            self._slow[handle] = slow
+        return {"handle": handle}
+
+    def _slow_memory(self, handle: int) -> SlowMemory:
+        with self._lock:
+            if handle not in self._slow:
+                raise KeyError(f"no slow memory {handle}")
+            return self._slow[handle]
+
+    def slow_wait(self, handle: int, seconds: float) -> Json:
+        """Waits until an access sleeps."""
+        offset, write = self._slow_memory(handle).wait(seconds)
+        return {"offset": offset, "write": write}
+
+    def slow_release(self, handle: int) -> None:
+        """Wakes the sleepers."""
+        self._slow_memory(handle).release()
+
+    def slow_read(self, handle: int, offset: int, length: int) -> Json:
+        """Bytes of released slow memory."""
+        return {"hex": self._slow_memory(handle).read(offset, length).hex()}
+
+    def slow_close(self, handle: int) -> None:
+        """Releases, unmaps and frees."""
+        self._slow_memory(handle).close()
+        with self._lock:
+            self._slow.pop(handle, None)
+
+    # --- a device opened by the agent itself --------------------------------------------
+
+    def device_open(self, name: str) -> Json:
+        """Opens an mdev that no guest has open."""
+        if name not in self._uuids:
+            raise KeyError(f"no device {name!r}")
+        with self._opening:
+            self._refuse_open(name)
+            sysfs = f"{MDEV_DEVICES}/{self._uuids[name]}"
+            opened = self._own.open(name, sysfs, f"agent:{name}")
+        return {"iommufd": opened.iommufd.name, "ioas": opened.ioas, "vfio": opened.device.cdev}
+
+    def device_close(self, name: str) -> None:
+        """Closes a device opened by device_open."""
+        device = self._own.get(name).device
+        self._own.close_one(name)
+        self._registrar.drop_device(device)

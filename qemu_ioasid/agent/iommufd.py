@@ -1,0 +1,125 @@
+"""/dev/iommu: address spaces (IOAS) and what is mapped in them.
+
+ioctls: include/uapi/linux/iommufd.h; behaviour: drivers/iommu/iommufd/ioas.c.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+
+from qemu_ioasid.agent.descriptor import Descriptor
+from qemu_ioasid.agent.uapi import iommufd as uapi
+
+IOMMU = "/dev/iommu"
+
+
+def _map_flags(iova: int | None, writeable: bool) -> int:
+    flags = uapi.IOMMU_IOAS_MAP_READABLE
+    if iova is not None:
+        flags |= uapi.IOMMU_IOAS_MAP_FIXED_IOVA
+    if writeable:
+        flags |= uapi.IOMMU_IOAS_MAP_WRITEABLE
+    return flags
+
+
+class Iommufd:
+    """One open /dev/iommu. Closing it frees its IOASes unless a bound device still holds it.
+
+    Every method raises OSError with the kernel's errno, and then nothing has changed.
+    """
+
+    def __init__(self, descriptor: Descriptor) -> None:
+        self.descriptor = descriptor
+        self.name = descriptor.name
+
+    @classmethod
+    def open(cls, name: str) -> Iommufd:
+        """Opens /dev/iommu. The name is for messages and for the registrar's ledger."""
+        return cls(Descriptor.open(IOMMU, name=name))
+
+    def ioas_alloc(self) -> int:
+        """A fresh, empty IOAS: its id, which only this iommufd understands."""
+        argument = uapi.iommu_ioas_alloc(size=ctypes.sizeof(uapi.iommu_ioas_alloc))
+        self.descriptor.ioctl(uapi.IOMMU_IOAS_ALLOC, argument)
+        return int(argument.out_ioas_id)
+
+    def destroy(self, ident: int) -> None:
+        """Destroys an object by id. EBUSY: in use. ENOENT: no such id here."""
+        argument = uapi.iommu_destroy(size=ctypes.sizeof(uapi.iommu_destroy), id=ident)
+        self.descriptor.ioctl(uapi.IOMMU_DESTROY, argument)
+
+    def ioas_map(
+        self, ioas: int, user_va: int, length: int, iova: int | None, writeable: bool = True
+    ) -> int:
+        """Maps length bytes of this process from user_va, at iova (None: the kernel chooses).
+
+        Returns the IOVA. EEXIST: something is mapped there. EINVAL: not aligned, or reserved.
+        """
+        argument = uapi.iommu_ioas_map(
+            size=ctypes.sizeof(uapi.iommu_ioas_map),
+            flags=_map_flags(iova, writeable),
+            ioas_id=ioas,
+            user_va=user_va,
+            length=length,
+            iova=iova or 0,
+        )
+        self.descriptor.ioctl(uapi.IOMMU_IOAS_MAP, argument)
+        return int(argument.iova)
+
+    def ioas_map_file(
+        self, ioas: int, fd: int, start: int, length: int, iova: int | None, writeable: bool = True
+    ) -> int:
+        """Maps length bytes of a memfd from byte start. Otherwise as ioas_map."""
+        argument = uapi.iommu_ioas_map_file(
+            size=ctypes.sizeof(uapi.iommu_ioas_map_file),
+            flags=_map_flags(iova, writeable),
+            ioas_id=ioas,
+            fd=fd,
+            start=start,
+            length=length,
+            iova=iova or 0,
+        )
+        self.descriptor.ioctl(uapi.IOMMU_IOAS_MAP_FILE, argument)
+        return int(argument.iova)
+
+    def ioas_unmap(self, ioas: int, iova: int, length: int) -> int:
+        """Unmaps whole former mappings inside the range; returns the bytes unmapped.
+
+        ENOENT: nothing is mapped there, or a mapping reaches out of the range.
+        """
+        argument = uapi.iommu_ioas_unmap(
+            size=ctypes.sizeof(uapi.iommu_ioas_unmap), ioas_id=ioas, iova=iova, length=length
+        )
+        self.descriptor.ioctl(uapi.IOMMU_IOAS_UNMAP, argument)
+        return int(argument.length)
+
+    def ioas_iova_ranges(self, ioas: int) -> list[tuple[int, int]]:
+        """The usable IOVAs as (first, last), both inclusive."""
+        count = 8
+        while True:
+            array = (uapi.iommu_iova_range * count)()
+            argument = uapi.iommu_ioas_iova_ranges(
+                size=ctypes.sizeof(uapi.iommu_ioas_iova_ranges),
+                ioas_id=ioas,
+                num_iovas=count,
+                allowed_iovas=ctypes.addressof(array),
+            )
+            try:
+                self.descriptor.ioctl(uapi.IOMMU_IOAS_IOVA_RANGES, argument)
+            except OSError as error:
+                if error.errno != errno.EMSGSIZE:
+                    raise
+                count = int(argument.num_iovas)
+                continue
+            return [(int(r.start), int(r.last)) for r in array[: argument.num_iovas]]
+
+    def close(self) -> None:
+        """Closes the fd. A device bound to it keeps its address spaces alive."""
+        self.descriptor.close()
+
+    def __enter__(self) -> Iommufd:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

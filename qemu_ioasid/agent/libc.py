@@ -1,0 +1,39 @@
+"""The few C library calls that Python's standard library lacks."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def prctl_caller(option: int, argument: int) -> Callable[[], int]:
+    """prctl(2), resolved now so that a freshly forked child needs no symbol lookup.
+
+    The answer is 0, or -1 on error.
+    """
+    function = _libc.prctl
+    option_argument = ctypes.c_int(option)
+    value_argument = ctypes.c_ulong(argument)
+
+    def call() -> int:
+        return int(function(option_argument, value_argument))
+
+    return call
+
+
+def mount(source: str, target: str, filesystem: str) -> None:
+    """mount(2) without flags or data. Raises OSError (EBUSY: already there)."""
+    if _libc.mount(source.encode(), target.encode(), filesystem.encode(), 0, None):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), target)
+
+
+def address_of(memory: object) -> int:
+    """The virtual address of a writable buffer (an mmap), valid while that stays open."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))  # type: ignore[arg-type]

@@ -1,0 +1,134 @@
+"""pdma devices that this process drives itself: opened, bound, with an address space and a ring."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from contextlib import ExitStack
+
+from qemu_ioasid.agent.iommufd import Iommufd
+from qemu_ioasid.agent.pdma import Batch, Completion, Descriptor, Ring
+from qemu_ioasid.agent.vfio import VfioDevice
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    Json = dict[str, Any]
+
+
+class OpenDevice:
+    """Device, iommufd of its own, IOAS for work without a PASID, ring. A context manager.
+
+    Raises OSError when made, and leaves nothing open then.
+    """
+
+    def __init__(self, name: str, sysfs: str, iommufd_name: str) -> None:
+        with ExitStack() as stack:
+            self.iommufd = stack.enter_context(Iommufd.open(iommufd_name))
+            self.device = stack.enter_context(VfioDevice.open(name, sysfs))
+            self.device.bind(self.iommufd)
+            self.ioas = self.iommufd.ioas_alloc()
+            self.device.attach(self.ioas)
+            self.ring = stack.enter_context(Ring(self.device))
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Closes ring, device (its PASID list dies) and iommufd."""
+        self._stack.close()
+
+    def __enter__(self) -> OpenDevice:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _parsed(items: list[Json]) -> list[Descriptor]:
+    return [Descriptor(**item) for item in items]
+
+
+def _reported(completions: list[Completion]) -> list[Json]:
+    return [{name: getattr(c, name) for name in Completion.__slots__} for c in completions]
+
+
+class OwnDevices:
+    """The open devices by name, with the operations on them that both roles offer.
+
+    Every operation raises KeyError for a name (or ticket) it does not know.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._devices: dict[str, OpenDevice] = {}
+        self._tickets: dict[int, tuple[OpenDevice, Batch]] = {}
+        self._numbers = itertools.count(1)
+
+    def get(self, name: str) -> OpenDevice:
+        """The device of this name."""
+        with self._lock:
+            if name not in self._devices:
+                raise KeyError(f"device {name!r} is not open here")
+            return self._devices[name]
+
+    def all(self) -> list[OpenDevice]:
+        """Every device that is open."""
+        with self._lock:
+            return list(self._devices.values())
+
+    def open(self, name: str, sysfs: str, iommufd_name: str) -> OpenDevice:
+        """Opens the device at a sysfs folder. Raises OSError, and then nothing is open."""
+        with ExitStack() as stack:
+            opened = stack.enter_context(OpenDevice(name, sysfs, iommufd_name))
+            with self._lock:
+                self._devices[name] = opened
+            stack.pop_all()
+        return opened
+
+    def close_one(self, name: str) -> None:
+        """Closes a device; its tickets are void."""
+        opened = self.get(name)
+        with self._lock:
+            self._devices.pop(name, None)
+            for ticket in [t for t, (device, _) in self._tickets.items() if device is opened]:
+                del self._tickets[ticket]
+        opened.close()
+
+    def close(self) -> None:
+        """Closes every device."""
+        with ExitStack() as stack:
+            for name in list(self._devices):
+                stack.callback(self.close_one, name)
+
+    def submit(self, name: str, descriptors: list[Json], seconds: float) -> list[Json]:
+        """Submits a batch and waits for its completions. Raises TimeoutError."""
+        ring = self.get(name).ring
+        return _reported(ring.wait(ring.submit(_parsed(descriptors)), seconds))
+
+    def submit_start(self, name: str, descriptors: list[Json]) -> Json:
+        """Submits a batch and does not wait."""
+        opened = self.get(name)
+        batch = opened.ring.submit(_parsed(descriptors))
+        ticket = next(self._numbers)
+        with self._lock:
+            self._tickets[ticket] = (opened, batch)
+        return {"ticket": ticket}
+
+    def submit_wait(self, ticket: int, seconds: float) -> list[Json]:
+        """Waits for a batch of submit_start. TimeoutError keeps the ticket."""
+        with self._lock:
+            if ticket not in self._tickets:
+                raise KeyError(f"no ticket {ticket}")
+            opened, batch = self._tickets[ticket]
+        completions = opened.ring.wait(batch, seconds)
+        with self._lock:
+            self._tickets.pop(ticket, None)
+        return _reported(completions)
+
+    def reset(self, name: str) -> None:
+        """Resets a device."""
+        self.get(name).ring.reset()
+
+    def registers(self, name: str) -> Json:
+        """The registers of a device."""
+        return self.get(name).ring.registers()

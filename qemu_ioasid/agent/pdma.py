@@ -1,0 +1,208 @@
+"""pdma's ring: descriptors in, completions out, through the device's BARs.
+
+Layout and meaning: include/uapi/linux/pdma.h and the ABI document in kernel-patches/.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import threading
+
+from qemu_ioasid.agent.deadline import wait_for
+from qemu_ioasid.agent.uapi import pdma as uapi
+from qemu_ioasid.agent.uapi import vfio as vfio_uapi
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qemu_ioasid.agent.vfio import VfioDevice
+
+REGISTERS = {
+    "MAGIC": uapi.PDMA_REG_MAGIC,
+    "VERSION": uapi.PDMA_REG_VERSION,
+    "RING_ENTRIES": uapi.PDMA_REG_RING_ENTRIES,
+    "MAX_LENGTH": uapi.PDMA_REG_MAX_LENGTH,
+    "PASID_BITS": uapi.PDMA_REG_PASID_BITS,
+    "OPCODES": uapi.PDMA_REG_OPCODES,
+    "TAIL": uapi.PDMA_REG_TAIL,
+    "HEAD": uapi.PDMA_REG_HEAD,
+    "STATUS": uapi.PDMA_REG_STATUS,
+}
+
+STATUS = {
+    uapi.PDMA_COMPLETION_DONE: "DONE",
+    uapi.PDMA_COMPLETION_REFUSED: "REFUSED",
+    uapi.PDMA_COMPLETION_FAULT: "FAULT",
+    uapi.PDMA_COMPLETION_INVALID: "INVALID",
+}
+
+_COUNT = 1 << 32
+_DESC = ctypes.sizeof(uapi.pdma_desc)
+_COMPLETION = ctypes.sizeof(uapi.pdma_completion)
+_COMMAND = 0x04  # PCI_COMMAND (include/uapi/linux/pci_regs.h)
+_MEMORY_AND_MASTER = 0x06
+
+
+class Descriptor:
+    """One piece of work. src and dst are IOVAs; length is in bytes.
+
+    pasid None: the device's own address space. flags None: what pasid implies; given: as it is.
+    """
+
+    __slots__ = ("dst", "flags", "length", "opcode", "pasid", "src")
+
+    def __init__(
+        self,
+        src: int = 0,
+        dst: int = 0,
+        length: int = 0,
+        pasid: int | None = None,
+        opcode: int = uapi.PDMA_OP_COPY,
+        flags: int | None = None,
+    ) -> None:
+        self.src = src
+        self.dst = dst
+        self.length = length
+        self.pasid = pasid or 0
+        self.opcode = opcode
+        self.flags = flags if flags is not None else 0 if pasid is None else uapi.PDMA_DESC_PASID
+
+
+class Completion:
+    """What the device reports of one descriptor.
+
+    status: a name of STATUS, or the bare number. error: positive errno. addr: the faulting IOVA.
+    done: bytes written.
+    """
+
+    __slots__ = ("addr", "done", "error", "pasid", "seq", "status")
+
+    def __init__(self, record: uapi.pdma_completion) -> None:
+        self.seq = int(record.seq)
+        self.status: str | int = STATUS.get(record.status, int(record.status))
+        self.pasid = int(record.pasid)
+        self.error = int(record.error)
+        self.addr = int(record.addr)
+        self.done = int(record.done)
+
+
+class Batch:
+    """Descriptors submitted by one doorbell: the ring's count before the first, and how many."""
+
+    __slots__ = ("count", "first")
+
+    def __init__(self, first: int, count: int) -> None:
+        self.first = first
+        self.count = count
+
+
+class Ring:
+    """The ring of one open, bound device, used by this process alone. A context manager.
+
+    Threads may submit and wait at once. close() unmaps the ring memory, which keeps the device
+    file open; it does not close the device.
+    """
+
+    def __init__(self, device: VfioDevice) -> None:
+        """Raises OSError; ENODEV when the registers are not those of a pdma this code knows."""
+        self.device = device
+        self._lock = threading.Lock()
+        self._registers = device.region(vfio_uapi.VFIO_PCI_BAR0_REGION_INDEX)
+        config = device.region(vfio_uapi.VFIO_PCI_CONFIG_REGION_INDEX)
+        command = int.from_bytes(device.read(config, _COMMAND, 2), "little")
+        device.write(config, _COMMAND, (command | _MEMORY_AND_MASTER).to_bytes(2, "little"))
+        found = (self.register("MAGIC"), self.register("VERSION"), self.register("RING_ENTRIES"))
+        if found != (uapi.PDMA_MAGIC, uapi.PDMA_VERSION, uapi.PDMA_RING_ENTRIES):
+            raise OSError(errno.ENODEV, f"{device.name}: magic, version, entries are {found}")
+        self._tail = self.register("TAIL")
+        self._memory = device.map(device.region(vfio_uapi.VFIO_PCI_BAR2_REGION_INDEX))
+
+    def register(self, name: str) -> int:
+        """A register of BAR0 by its name in REGISTERS."""
+        return int.from_bytes(self.device.read(self._registers, REGISTERS[name], 4), "little")
+
+    def registers(self) -> dict[str, int]:
+        """All registers of BAR0."""
+        return {name: self.register(name) for name in REGISTERS}
+
+    def submit(self, descriptors: Sequence[Descriptor]) -> Batch:
+        """Writes the descriptors and rings the doorbell once. Does not wait.
+
+        Raises ValueError for more than the ring holds, OSError EAGAIN when too much is in flight;
+        then nothing was submitted.
+        """
+        if not 0 < len(descriptors) <= uapi.PDMA_RING_ENTRIES:
+            raise ValueError(f"a batch is 1 to {uapi.PDMA_RING_ENTRIES} descriptors")
+        with self._lock:
+            first = self._tail
+            if (first - self.register("HEAD")) % _COUNT + len(descriptors) > uapi.PDMA_RING_ENTRIES:
+                raise OSError(errno.EAGAIN, f"{self.device.name}: the ring is full")
+            for number, descriptor in enumerate(descriptors, first):
+                slot = number % uapi.PDMA_RING_ENTRIES
+                record = uapi.pdma_desc(
+                    opcode=descriptor.opcode,
+                    flags=descriptor.flags,
+                    pasid=descriptor.pasid,
+                    length=descriptor.length,
+                    src=descriptor.src,
+                    dst=descriptor.dst,
+                )
+                start = uapi.PDMA_DESC_OFFSET + slot * _DESC
+                self._memory[start : start + _DESC] = bytes(record)
+                # a record of before a reset may carry the number that is expected next
+                start = uapi.PDMA_COMPLETION_OFFSET + slot * _COMPLETION
+                self._memory[start : start + _COMPLETION] = bytes(_COMPLETION)
+            tail = (first + len(descriptors)) % _COUNT
+            doorbell = tail.to_bytes(4, "little")
+            self.device.write(self._registers, uapi.PDMA_REG_TAIL, doorbell)
+            self._tail = tail
+        return Batch(first, len(descriptors))
+
+    def wait(self, batch: Batch, seconds: float) -> list[Completion]:
+        """The batch's completions, in order of submission.
+
+        Raises TimeoutError (the batch can be waited for again), and RuntimeError when later work
+        has overwritten a record.
+        """
+        completions: list[Completion] = []
+
+        def collect() -> list[Completion] | None:
+            while len(completions) < batch.count:
+                completion = self._poll(batch.first + len(completions))
+                if completion is None:
+                    return None
+                completions.append(completion)
+            return completions
+
+        return wait_for(f"{self.device.name}: {batch.count} completions", seconds, collect)
+
+    def _poll(self, number: int) -> Completion | None:
+        start = uapi.PDMA_COMPLETION_OFFSET + number % uapi.PDMA_RING_ENTRIES * _COMPLETION
+        expected = (number + 1) % _COUNT
+        seq = int.from_bytes(self._memory[start : start + 4], "little")
+        if seq != expected:
+            if seq and (seq - expected) % _COUNT < _COUNT // 2:
+                raise RuntimeError(f"{self.device.name}: completion {expected} was overwritten")
+            return None
+        # seq is written last, so only a copy made after it was seen is whole
+        return Completion(
+            uapi.pdma_completion.from_buffer_copy(self._memory[start : start + _COMPLETION])
+        )
+
+    def reset(self) -> None:
+        """Resets the device: batches in flight are lost, counting starts where TAIL says."""
+        with self._lock:
+            self.device.reset()
+            self._tail = self.register("TAIL")
+
+    def close(self) -> None:
+        """Unmaps the ring memory."""
+        self._memory.close()
+
+    def __enter__(self) -> Ring:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

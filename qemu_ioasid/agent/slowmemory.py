@@ -1,0 +1,114 @@
+"""Memory that puts an access to sleep until it is told to let it through.
+
+An anonymous mapping of this process under userfaultfd (mm/userfaultfd.c), mapped into an IOAS: an
+access of a device that pins nothing faults on it, in the kernel, and waits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+
+from qemu_ioasid.agent.descriptor import Descriptor
+from qemu_ioasid.agent.libc import address_of
+from qemu_ioasid.agent.uapi import userfaultfd as uapi
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qemu_ioasid.agent.iommufd import Iommufd
+
+USERFAULTFD = "/dev/userfaultfd"
+
+
+def _open() -> int:
+    # the device node, unlike the system call, gives faults taken in kernel mode without a sysctl
+    with Descriptor.open(USERFAULTFD) as device:
+        return device.ioctl(uapi.USERFAULTFD_IOC_NEW, os.O_CLOEXEC | os.O_NONBLOCK)
+
+
+class SlowMemory:
+    """length bytes, mapped read-write at iova of an IOAS; untouched until release().
+
+    A context manager; close() releases first. Raises OSError when made, and leaves nothing then.
+    """
+
+    def __init__(self, iommufd: Iommufd, ioas: int, iova: int, length: int) -> None:
+        self._iommufd = iommufd
+        self._ioas = ioas
+        self._iova = iova
+        self.length = length
+        self._released = False
+        self._memory = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            self._address = address_of(self._memory)
+            self._fault = Descriptor(_open(), "userfaultfd")
+        except BaseException:
+            self._memory.close()
+            raise
+        try:
+            self._fault.ioctl(uapi.UFFDIO_API, uapi.uffdio_api(api=uapi.UFFD_API))
+            register = uapi.uffdio_register(
+                range=self._range(), mode=uapi.UFFDIO_REGISTER_MODE_MISSING
+            )
+            self._fault.ioctl(uapi.UFFDIO_REGISTER, register)
+            iommufd.ioas_map(ioas, self._address, length, iova)
+        except BaseException:
+            self._fault.close()
+            self._memory.close()
+            raise
+
+    def _range(self) -> uapi.uffdio_range:
+        return uapi.uffdio_range(start=self._address, len=self.length)
+
+    def wait(self, seconds: float) -> tuple[int, bool]:
+        """Waits until an access sleeps; (offset of its page, whether it writes).
+
+        Each sleeper is reported once. Raises TimeoutError.
+        """
+        import select
+
+        poll = select.poll()
+        with self._fault.borrowed() as fd:
+            poll.register(fd, select.POLLIN)
+            if not poll.poll(seconds * 1000):
+                raise TimeoutError(f"an access that sleeps: not within {seconds:g} s")
+            data = os.read(fd, ctypes.sizeof(uapi.uffd_msg))
+        message = uapi.uffd_msg.from_buffer_copy(data)
+        if message.event != uapi.UFFD_EVENT_PAGEFAULT:
+            raise RuntimeError(f"userfaultfd event {message.event:#x}")
+        fault = message.arg.pagefault
+        return fault.address - self._address, bool(fault.flags & uapi.UFFD_PAGEFAULT_FLAG_WRITE)
+
+    def release(self) -> None:
+        """Wakes every sleeper and makes the memory ordinary, zeros. Again: does nothing."""
+        if not self._released:
+            self._fault.ioctl(uapi.UFFDIO_UNREGISTER, self._range())
+            self._released = True
+
+    def read(self, offset: int, length: int) -> bytes:
+        """OSError EBUSY before release(): the reader itself would sleep. ValueError: outside."""
+        if not self._released:
+            raise OSError(errno.EBUSY, "the slow memory is not released")
+        if offset < 0 or length < 0 or offset + length > self.length:
+            raise ValueError(f"{offset:#x}+{length:#x} is outside the slow memory")
+        return self._memory[offset : offset + length]
+
+    def close(self) -> None:
+        """Releases, unmaps from the IOAS (which may be gone already), and frees."""
+        self.release()
+        try:
+            self._iommufd.ioas_unmap(self._ioas, self._iova, self.length)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EBADF):
+                raise
+        finally:
+            self._fault.close()
+            self._memory.close()
+
+    def __enter__(self) -> SlowMemory:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,3 @@
+"""include/uapi/linux/prctl.h."""
+
+PR_SET_PDEATHSIG = 1

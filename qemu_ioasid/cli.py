@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command ``qemu-ioasid``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from qemu_ioasid import config, image, kernel, process, session
+from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.errors import RigError
+from qemu_ioasid.qemu import ACCELERATORS
+from qemu_ioasid.report import VERDICTS, Report, table
+from qemu_ioasid.scenarios import SCENARIOS
+from qemu_ioasid.session import Options, Output, Terminated
+
+EXIT_CODES = "\n".join(f"  {code:3}  {text}" for code, text in VERDICTS.items())
+#: How often progress is told where it cannot overwrite itself.
+PROGRESS_SECONDS = 15.0
+
+
+class Terminal:
+    """Lines that stay on *stream*; progress overwrites itself there, or comes now and then."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._live = self._stream.isatty()
+        self._shown = False
+        self._last = 0.0
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        if self._shown:
+            self._write("\r\x1b[K")
+            self._shown = False
+        self._write(line + "\n")
+
+    def progress(self, line: str) -> None:
+        """A line that the next one replaces, or, where that cannot be, one in a while."""
+        if self._live:
+            width = shutil.get_terminal_size().columns
+            self._write(f"\r\x1b[K           {line}"[: width + 4])
+            self._shown = True
+        elif time.monotonic() - self._last > PROGRESS_SECONDS:
+            self._last = time.monotonic()
+            self._write(f"           {line}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qemu-ioasid",
+        description="Boots a patched kernel with virtual IOMMUs and emulated mdevs, and proves "
+        "that no PASID gets through which was not registered.",
+        epilog=f"exit codes:\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--profile",
+        default="default",
+        choices=("default", "debug"),
+        help="the kernel's config profile",
+    )
+    common.add_argument(
+        "--series", type=Path, metavar="DIR", help="patch series for the kernel (default: ours)"
+    )
+    common.add_argument("--json", action="store_true", help="print JSON on standard output, alone")
+
+    run = commands.add_parser("run", parents=[common], help="boot a rig and run a scenario on it")
+    run.add_argument(
+        "scenario", nargs="?", default="isolation", help=f"one of: {', '.join(SCENARIOS)}"
+    )
+    run.add_argument(
+        "--rig", type=Path, default=config.DEFAULT, metavar="FILE", help="what to boot (TOML)"
+    )
+    run.add_argument(
+        "--accel", default="auto", choices=ACCELERATORS, help="kvm refuses to fall back"
+    )
+    run.add_argument(
+        "--qemu",
+        default="auto",
+        metavar="PROGRAM",
+        help="the host VM's QEMU: auto, private (the rig's own copy) or a program",
+    )
+    run.add_argument("--report", type=Path, metavar="DIR", help="where the report goes")
+    run.add_argument(
+        "--append", default="", metavar="ARGS", help="more for the host VM's kernel command line"
+    )
+    run.set_defaults(handler=_run)
+
+    build = commands.add_parser("kernel", help="build kernels and list them")
+    actions = build.add_subparsers(dest="action", required=True, metavar="ACTION")
+    making = actions.add_parser("build", parents=[common], help="build, or say what is built")
+    making.add_argument(
+        "--update", action="store_true", help="ask the archive for a newer source package"
+    )
+    making.set_defaults(handler=_kernel_build)
+    actions.add_parser("list", parents=[common], help="what is built").set_defaults(
+        handler=_kernel_list
+    )
+
+    images = commands.add_parser("image", help="build the VM images")
+    actions = images.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("build", parents=[common], help="build, or say what is built").set_defaults(
+        handler=_image_build
+    )
+    return parser
+
+
+def _spec(arguments: argparse.Namespace) -> kernel.Spec:
+    spec = kernel.Spec(
+        profile=arguments.profile,
+        update=getattr(arguments, "update", False),
+    )
+    if arguments.series is None:
+        return spec
+    return kernel.Spec(profile=spec.profile, update=spec.update, series=arguments.series.absolute())
+
+
+def _output(arguments: argparse.Namespace) -> Output:
+    terminal = Terminal(sys.stderr if arguments.json else sys.stdout)
+    return Output(terminal.say, terminal.progress)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    output = _output(arguments)
+    options = Options(
+        rig=arguments.rig,
+        scenario=arguments.scenario,
+        accelerator=arguments.accel,
+        qemu=arguments.qemu,
+        kernel=_spec(arguments),
+        report=arguments.report,
+        append=arguments.append,
+    )
+    report = session.run(options, output)
+    if arguments.json:
+        print(json.dumps(report.document(), indent=2))
+    else:
+        _tell(report)
+    return report.exit_code
+
+
+def _tell(report: Report) -> None:
+    if report.checks:
+        print()
+        print(table(report.checks, shutil.get_terminal_size((160, 24)).columns))
+        print()
+    if report.error is not None:
+        print(f"qemu-ioasid: {report.error['message']}", file=sys.stderr)
+        if report.error["evidence"] and report.exit_code in (4, 5):
+            print(_indented(report.error["evidence"]), file=sys.stderr)
+    verdicts = [check.verdict for check in report.checks]
+    counts = ", ".join(
+        f"{verdicts.count(verdict)} {verdict}"
+        for verdict in ("pass", "fail", "error", "skip")
+        if verdict in verdicts
+    )
+    print(f"{VERDICTS[report.exit_code]}{f' ({counts})' if counts else ''}")
+    print(f"report: {_short(report.folder)}")
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.rstrip().splitlines()[-45:])
+
+
+def _short(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return relative if not relative.startswith("..") else str(path)
+
+
+def _kernel_build(arguments: argparse.Namespace) -> int:
+    output = _output(arguments)
+    started = time.monotonic()
+    built = kernel.build(
+        _spec(arguments),
+        deadline=Deadline(session.BUILD_SECONDS, "kernel"),
+        progress=output.progress,
+    )
+    if arguments.json:
+        print(json.dumps(_kernel_row(built), indent=2))
+    else:
+        how = "built already" if built.cached else f"built in {time.monotonic() - started:.0f} s"
+        output.say(f"{built.release} {built.hash}  {how}: {built.image}")
+    return 0
+
+
+def _kernel_row(built: kernel.Kernel) -> dict[str, object]:
+    return {
+        "release": built.release,
+        "source": built.source,
+        "hash": built.hash,
+        "series": built.series_hash,
+        "image": str(built.image),
+        "vmlinux": str(built.vmlinux),
+        "cached": built.cached,
+    }
+
+
+def _kernel_list(arguments: argparse.Namespace) -> int:
+    found = kernel.cached()
+    if arguments.json:
+        print(json.dumps([_kernel_row(each) for each in found], indent=2))
+    else:
+        for each in found:
+            print(f"{each.hash}  {each.release}  {each.source}")
+    return 0
+
+
+def _image_build(arguments: argparse.Namespace) -> int:
+    output = _output(arguments)
+    rows = {}
+    for name in ("host", "guest"):
+        built = image.build(
+            name, deadline=Deadline(session.BUILD_SECONDS, "images"), progress=output.progress
+        )
+        rows[name] = {"hash": built.hash, "path": str(built.path), "cached": built.cached}
+        if not arguments.json:
+            output.say(
+                f"{name} {built.hash}  {'built already' if built.cached else 'built'}: {built.path}"
+            )
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+    return 0
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parsed = _parser().parse_args(arguments)
+    handler: Callable[[argparse.Namespace], int] = parsed.handler
+    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGHUP, _terminate)
+    try:
+        return handler(parsed)
+    except RigError as error:
+        print(f"qemu-ioasid: {error.message}", file=sys.stderr)
+        if error.exit_code == 4 and error.evidence:
+            print(_indented(error.evidence), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("qemu-ioasid: interrupted", file=sys.stderr)
+        return 130
+    except Terminated:
+        print("qemu-ioasid: terminated", file=sys.stderr)
+        return 143
+    except BrokenPipeError:
+        # Whoever read our output has enough; Python's own flush at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        print(f"qemu-ioasid: bug in the rig: {error!r}", file=sys.stderr)
+        print(_indented(traceback.format_exc()), file=sys.stderr)
+        return 4
+    finally:
+        process.close_run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The rig file: what a rig is made of, checked whole before anything starts."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+import typing
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qemu_ioasid import viommu
+from qemu_ioasid.errors import ConfigurationError
+from qemu_ioasid.viommu import Viommu
+
+DEFAULT = Path(__file__).with_name("default.toml")
+
+MIB = 1 << 20
+#: A guest's RAM stays below q35's hole under 4 GiB: an address is an offset in its RAM file.
+MAX_GUEST_MEMORY = 2048 * MIB
+#: What the host VM needs beside its guests' memory.
+HOST_OVERHEAD = 256 * MIB
+MIN_GUEST_MEMORY = 96 * MIB
+
+_NAME = re.compile(r"[a-z][a-z0-9-]{0,14}\Z")
+_SIZE = re.compile(r"([1-9][0-9]*)([MG])\Z")
+
+T = TypeVar("T")
+
+
+class Size(int):
+    """Bytes, written ``"256M"`` or ``"2G"`` in the rig file."""
+
+
+_HOST_MEMORY = Size(1024 * MIB)
+_GUEST_MEMORY = Size(160 * MIB)
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """The host VM. *cpus* is 1 by default: facts.md says what two do to guests under TCG."""
+
+    cpus: int = 1
+    memory: Size = _HOST_MEMORY
+    viommu: Viommu = field(default_factory=Viommu)
+
+
+@dataclass(frozen=True)
+class MdevConfig:
+    """One mediated device on the parent ``pdma``."""
+
+    type: str = "pdma-1"
+
+
+@dataclass(frozen=True)
+class GuestConfig:
+    """One guest VM inside the host VM, and the mdevs that are its."""
+
+    cpus: int = 1
+    memory: Size = _GUEST_MEMORY
+    mdevs: tuple[str, ...] = ()
+    viommu: Viommu = field(default_factory=Viommu)
+
+
+@dataclass(frozen=True)
+class RigConfig:
+    """A whole rig. *text* is the file it was read from, *path* its name in messages."""
+
+    host: HostConfig
+    mdevs: dict[str, MdevConfig]
+    guests: dict[str, GuestConfig]
+    path: str
+    text: str
+
+
+def load(path: Path) -> RigConfig:
+    """Read and check a rig file; raises ConfigurationError naming file, key and reason."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{path}: not UTF-8 text") from None
+    return parse(text, str(path))
+
+
+def parse(text: str, path: str) -> RigConfig:
+    """As `load`, of *text*; *path* is used in messages only."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path}: {error}") from None
+    _no_other_keys(table, {"host", "mdev", "guest"}, path)
+    rig = RigConfig(
+        host=_read(HostConfig, table.get("host", {}), f"{path}: host"),
+        mdevs=_read_named(MdevConfig, table.get("mdev", {}), f"{path}: mdev"),
+        guests=_read_named(GuestConfig, table.get("guest", {}), f"{path}: guest"),
+        path=path,
+        text=text,
+    )
+    _check(rig)
+    return rig
+
+
+def _no_other_keys(table: dict[str, Any], known: set[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            separator = ": " if ": " not in where else "."
+            raise ConfigurationError(
+                f"{where}{separator}{key}: unknown key; known are {', '.join(sorted(known))}"
+            )
+
+
+def _read_named(cls: type[T], table: Any, where: str) -> dict[str, T]:
+    if not isinstance(table, dict):
+        raise ConfigurationError(f"{where}: must be a table")
+    for name in table:
+        if not _NAME.match(name):
+            raise ConfigurationError(
+                f"{where}.{name}: a name is a letter, then letters, digits or dashes, 15 at most"
+            )
+    return {name: _read(cls, value, f"{where}.{name}") for name, value in table.items()}
+
+
+def _read(cls: type[T], table: Any, where: str) -> T:
+    assert is_dataclass(cls)
+    if not isinstance(table, dict):
+        raise ConfigurationError(f"{where}: must be a table")
+    hints = typing.get_type_hints(cls)
+    known = {f.name.replace("_", "-"): f for f in fields(cls)}
+    _no_other_keys(table, set(known), where)
+    values: dict[str, Any] = {}
+    for key, spec in known.items():
+        if key in table:
+            values[spec.name] = _value(hints[spec.name], table[key], f"{where}.{key}")
+        elif spec.default is MISSING and spec.default_factory is MISSING:
+            raise ConfigurationError(f"{where}.{key}: missing")
+    return typing.cast(T, cls(**values))
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    if is_dataclass(kind):
+        return _read(typing.cast(type[Any], kind), value, where)
+    if kind is Size:
+        match = _SIZE.match(value) if isinstance(value, str) else None
+        if match is None:
+            raise ConfigurationError(f'{where}: must be a size such as "256M" or "2G"')
+        return Size(int(match[1]) * (MIB if match[2] == "M" else 1024 * MIB))
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ConfigurationError(f"{where}: must be a list of strings")
+        return tuple(value)
+    names = {bool: "true or false", int: "a whole number", str: "a string"}
+    if type(value) is not kind:
+        raise ConfigurationError(f"{where}: must be {names[kind]}")
+    return value
+
+
+def _check(rig: RigConfig) -> None:
+    owner: dict[str, str] = {}
+    for name, guest in rig.guests.items():
+        where = f"{rig.path}: guest.{name}"
+        for mdev in guest.mdevs:
+            if mdev not in rig.mdevs:
+                raise ConfigurationError(f"{where}.mdevs: no mdev {mdev} in this file")
+            if mdev in owner:
+                raise ConfigurationError(f"{where}.mdevs: {mdev} is guest {owner[mdev]}'s already")
+            owner[mdev] = name
+        if not MIN_GUEST_MEMORY <= guest.memory <= MAX_GUEST_MEMORY:
+            raise ConfigurationError(f"{where}.memory: must be from 96M to 2G")
+        _check_cpus(guest.cpus, where)
+        viommu.check(guest.viommu, f"{where}.viommu", assigned=bool(guest.mdevs))
+    _check_cpus(rig.host.cpus, f"{rig.path}: host")
+    viommu.check(rig.host.viommu, f"{rig.path}: host.viommu", assigned=False)
+    need = HOST_OVERHEAD + sum(guest.memory for guest in rig.guests.values())
+    if rig.host.memory < need:
+        raise ConfigurationError(
+            f"{rig.path}: host.memory: {rig.host.memory // MIB}M is too little for these guests, "
+            f'which take {need // MIB}M with the host\'s own; write "{need // MIB}M" or more'
+        )
+
+
+def _check_cpus(cpus: int, where: str) -> None:
+    if not 1 <= cpus <= 64:
+        raise ConfigurationError(f"{where}.cpus: must be from 1 to 64")

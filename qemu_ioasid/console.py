@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A VM's console: kept, and read for what a kernel says when it breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu_ioasid.errors import KernelBroke
+
+#: How a report begins (lib/bug.c, kernel/panic.c, kernel/locking/lockdep.c, mm/kasan/report.c,
+#: kernel/hung_task.c, kernel/watchdog.c, kernel/rcu/tree_stall.h, arch/x86/mm/fault.c).
+#: In the order in which a report naming several is called by the first.
+REPORTS = (
+    ("KASAN", re.compile(r"BUG: KASAN:|BUG: KFENCE:|BUG: KMSAN:|BUG: KCSAN:")),
+    ("UBSAN", re.compile(r"UBSAN:")),
+    ("hung task", re.compile(r"INFO: task .* blocked for more than")),
+    ("lockup", re.compile(r"BUG: soft lockup|watchdog: BUG:|hard LOCKUP|BUG: workqueue lockup")),
+    ("rcu stall", re.compile(r"rcu: INFO: \S+ (self-)?detected|rcu: INFO: .*stall")),
+    (
+        "lockdep",
+        re.compile(
+            r"WARNING: (possible circular locking|possible recursive locking|inconsistent lock"
+            r"|suspicious RCU|bad unlock balance|possible irq lock inversion|nested lock|lock held"
+            r"|.*still has locks held|.*held lock freed)|INFO: trying to register non-static key"
+        ),
+    ),
+    (
+        "BUG",
+        re.compile(
+            r"kernel BUG at|BUG: (unable to handle|scheduling while|sleeping function|[A-Z])"
+        ),
+    ),
+    ("BUG", re.compile(r"\bBUG: ")),
+    ("WARNING", re.compile(r"WARNING: (CPU: \d|.*/.*:\d)")),
+    ("oops", re.compile(r"Oops: |general protection fault|double fault:|invalid opcode:")),
+    ("panic", re.compile(r"Kernel panic - not syncing")),
+    ("leak", re.compile(r"kmemleak: \d+ new suspected")),
+)
+
+#: How much of the console goes with an error.
+EXCERPT = 40
+#: What a report's own text may take to arrive after its first line, in lines.
+_ESCAPE = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|[c78])")
+
+
+@dataclass(frozen=True)
+class Report:
+    """One thing the kernel complained of: what kind, on which line (from 0) of the console."""
+
+    kind: str
+    line: int
+    text: str
+
+
+def classify(text: str) -> str | None:
+    """What kind of report begins on this console line, if one does."""
+    for kind, pattern in REPORTS:
+        if pattern.search(text):
+            return kind
+    return None
+
+
+class Console:
+    """Collects one VM's console in *path* and recognises reports as they arrive."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name = name
+        self.path = path
+        self._lines: list[str] = []
+        self._reports: list[Report] = []
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self.broken = threading.Event()
+
+    def _take(self, text: str) -> None:
+        with self._lock:
+            clean = _ESCAPE.sub("", text).rstrip()
+            self._lines.append(clean)
+            kind = classify(clean)
+            if kind is not None:
+                self._reports.append(Report(kind, len(self._lines) - 1, clean))
+                self.broken.set()
+
+    def _pump(self, stream: socket.socket) -> None:
+        rest = b""
+        with open(self.path, "ab", buffering=0) as file:
+            with contextlib.suppress(OSError):
+                while data := stream.recv(65536):
+                    file.write(data)
+                    *lines, rest = (rest + data).split(b"\n")
+                    for line in lines:
+                        self._take(line.decode(errors="replace"))
+            if rest:
+                self._take(rest.decode(errors="replace"))
+        self._ended.set()
+
+    @property
+    def reports(self) -> list[Report]:
+        """All reports so far."""
+        with self._lock:
+            return list(self._reports)
+
+    def tail(self, lines: int = EXCERPT) -> str:
+        """The last lines."""
+        with self._lock:
+            return "\n".join(self._lines[-lines:])
+
+    def excerpt(self, report: Report, before: int = 3) -> str:
+        """The console around *report*."""
+        with self._lock:
+            return "\n".join(self._lines[max(0, report.line - before) : report.line + EXCERPT])
+
+    def check(self, seen: int = 0) -> None:
+        """Raise KernelBroke for the first report past the *seen* first ones."""
+        reports = self.reports[seen:]
+        if reports:
+            first = reports[0]
+            raise KernelBroke(
+                f"{self.name}: {first.kind}: {first.text}", evidence=self.excerpt(first)
+            )
+
+    def wait_end(self, seconds: float) -> bool:
+        """Wait for the VM's end of the console to close: a dead VM's last words are in then."""
+        return self._ended.wait(seconds)
+
+
+@contextlib.contextmanager
+def attach(stream: socket.socket, name: str, path: Path) -> Iterator[Console]:
+    """A console fed from a connected socket, which it takes over."""
+    console = Console(name, path)
+    thread = threading.Thread(
+        target=console._pump, args=(stream,), name=f"{name} console", daemon=True
+    )
+    thread.start()
+    try:
+        yield console
+    finally:
+        # The writer is dead by now as a rule: read what it left before closing our end.
+        if not console.wait_end(1.0):
+            with contextlib.suppress(OSError):
+                stream.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
+        stream.close()

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The kernel's own make, in a build folder that is kept between builds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from qemu_ioasid import process
+from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.errors import ProcessFailed, RequirementError
+from qemu_ioasid.kernel import options
+
+#: Program and the Debian package that has it.
+TOOLS = {
+    "make": "make",
+    "gcc": "gcc",
+    "ld": "binutils",
+    "flex": "flex",
+    "bison": "bison",
+    "bc": "bc",
+    "patch": "patch",
+    "xz": "xz-utils",
+}
+# The same inputs give the same bytes, whoever builds, wherever, whenever, for the nth time.
+_FIXED = {
+    "KBUILD_BUILD_TIMESTAMP": "Thu Jan 1 00:00:00 UTC 1970",
+    "KBUILD_BUILD_USER": "qemu-ioasid",
+    "KBUILD_BUILD_HOST": "qemu-ioasid",
+    "KBUILD_BUILD_VERSION": "1",
+    "LC_ALL": "C",
+}
+# Make takes these from the environment; another project's must not steer our build.
+_FOREIGN = ("MAKEFLAGS", "MFLAGS", "ARCH", "CROSS_COMPILE", "KCFLAGS", "KAFLAGS", "LLVM", "W")
+_STEP = re.compile(r"^  (CC|AS|LD|AR|HOSTCC)\s")
+#: Steps a whole build of the default profile takes, for a first build's percentage.
+_USUAL_STEPS = 1900
+
+Progress = Callable[[str], None]
+
+
+def compiler(deadline: Deadline) -> str:
+    """The compiler's name and version; raises RequirementError naming every missing tool."""
+    missing = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
+    if not _has_libelf():
+        # objtool, which every x86-64 build runs, is compiled against it.
+        missing.append("libelf-dev")
+    if missing:
+        raise RequirementError(f"building the kernel needs: install {' '.join(missing)}")
+    return process.run(["gcc", "--version"], deadline=deadline).splitlines()[0]
+
+
+def _has_libelf() -> bool:
+    return any(Path(folder, "gelf.h").exists() for folder in ("/usr/include", "/usr/local/include"))
+
+
+class Build:
+    """The build folder *out* of the source *src*; the caller holds the tree's lock."""
+
+    def __init__(self, src: Path, out: Path, jobs: int) -> None:
+        self.src = src
+        self.out = out
+        self.jobs = jobs
+        out.mkdir(parents=True, exist_ok=True)
+
+    def _make(
+        self, targets: Sequence[str], deadline: Deadline, on_line: Progress | None = None
+    ) -> str:
+        unset = [f"--unset={name}" for name in _FOREIGN]
+        argv = ["env", *unset, "make", "-C", str(self.src), f"O={self.out}", f"-j{self.jobs}"]
+        argv += ["--no-print-directory", *targets]
+        if shutil.which("ccache"):
+            argv.append("CC=ccache gcc")
+        log = self.out / "build.log"
+        return process.run(argv, env=_FIXED, deadline=deadline, on_line=on_line, log=log)
+
+    def configure(self, asked: Sequence[options.Option], deadline: Deadline) -> None:
+        """A .config of *asked* and what that implies, everything else off.
+
+        Raises ConfigurationError naming each option that did not come out as asked.
+        """
+        wanted = self.out / "asked.config"
+        wanted.write_text("".join(f"{option.name}={option.value}\n" for option in asked))
+        self._make([f"KCONFIG_ALLCONFIG={wanted}", "allnoconfig"], deadline)
+        options.check(asked, (self.out / ".config").read_text())
+
+    def compile(self, deadline: Deadline, progress: Progress) -> None:
+        """vmlinux and the user-space headers.
+
+        Raises ProcessFailed with the compiler's words as its message's end. A
+        build that was interrupted, by SIGKILL even, is taken up where it ended.
+        """
+        whole = not (self.out / "vmlinux").exists()
+        counter = _Counter(progress, _USUAL_STEPS if whole else 0)
+        with self._marked_unfinished():
+            try:
+                self._make(["vmlinux"], deadline, counter.line)
+            except ProcessFailed as failed:
+                raise _explained(failed, self.out / "build.log") from None
+            self._make(["headers"], deadline)
+
+    def release(self) -> str:
+        """What ``uname -r`` will say."""
+        return (self.out / "include/config/kernel.release").read_text().strip()
+
+    @contextlib.contextmanager
+    def _marked_unfinished(self) -> Iterator[None]:
+        mark = self.out / "unfinished"
+        if mark.exists():
+            _remove_torn(self.out)
+        mark.touch()
+        try:
+            yield
+        except ProcessFailed:
+            # make ended by itself, so it has removed what it could not finish.
+            mark.unlink()
+            raise
+        mark.unlink()
+
+
+class _Counter:
+    """Turns make's lines into one calm line now and then."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._steps = 0
+        self._next = time.monotonic() + 2
+
+    def line(self, line: str) -> None:
+        if not _STEP.match(line):
+            return
+        self._steps += 1
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + 5
+            share = min(99, 100 * self._steps // self._total) if self._total else 0
+            of = f" ({share} %)" if self._total else ""
+            self._progress(f"compiling the kernel: {self._steps} files{of}")
+
+
+def _remove_torn(out: Path) -> None:
+    """Remove outputs whose command was not recorded after them: a kill may have cut them short."""
+    for folder, _, names in os.walk(out):
+        for name in names:
+            if not name.endswith((".o", ".a", ".so", ".dbg")) and "vmlinux" not in name:
+                continue
+            path = Path(folder, name)
+            command = path.with_name(f".{name}.cmd")
+            with contextlib.suppress(FileNotFoundError):
+                if not command.exists() or command.stat().st_mtime < path.stat().st_mtime:
+                    path.unlink()
+
+
+def _explained(failed: ProcessFailed, log: Path) -> ProcessFailed:
+    """The same failure, saying first what the compiler said rather than what make said."""
+    lines = failed.evidence.splitlines()
+    said = [line for line in lines if re.search(r"\b(error|undefined reference)\b", line)]
+    first = said[0].strip() if said else "no compiler message"
+    return ProcessFailed(failed.argv, failed.returncode, f"{failed.evidence}\n{first} (log: {log})")

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The host-side module's registrar, as the orchestrator sees it.
+
+Each method is one operation of the agent in the host VM, which holds the fds;
+what the kernel refuses arrives as `CallFailed` with its errno.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qemu_ioasid.client import Agent, Pending
+
+
+class Registrar:
+    """PASIDs, IOASes and the lists of devices, by the names of guests and mdevs."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    def alloc(self, owner: str) -> int:
+        """A PASID nobody holds, from the parent's one space."""
+        return int(self._agent.call("pasid_alloc", owner=owner)["pasid"])
+
+    def free(self, pasid: int) -> None:
+        """Give a PASID back; EBUSY while a device has it in the ledger."""
+        self._agent.call("pasid_free", pasid=pasid)
+
+    def ioas(self, iommufd: str) -> int:
+        """A new, empty address space of guest *iommufd*'s iommufd."""
+        return int(self._agent.call("ioas_alloc", iommufd=iommufd)["ioas"])
+
+    def destroy(self, iommufd: str, ioas: int) -> None:
+        """Destroy an address space; EBUSY while something is attached to it."""
+        self._agent.call("ioas_destroy", iommufd=iommufd, ioas=ioas)
+
+    def map(self, guest: str, ioas: int, iova: int, gpa: int, length: int) -> None:
+        """Map *length* bytes of *guest*'s memory at *gpa* to *iova*, read and write."""
+        self._agent.call(
+            "ioas_map_guest", iommufd=guest, ioas=ioas, iova=iova, gpa=gpa, length=length
+        )
+
+    def register(self, device: str, iommufd: str, pasid: int, ioas: int) -> None:
+        """Enter *pasid* in *device*'s list, naming an IOAS of the iommufd it is bound to."""
+        self._agent.call("register", device=device, iommufd=iommufd, pasid=pasid, ioas=ioas)
+
+    def replace(self, device: str, pasid: int, ioas: int) -> None:
+        """Have a registered *pasid* name another IOAS; on failure the old one stays."""
+        self._agent.call("replace", device=device, pasid=pasid, ioas=ioas)
+
+    def unregister(self, device: str, pasid: int) -> None:
+        """Take *pasid* out of *device*'s list; nothing in flight is left when it returns."""
+        self._agent.call("unregister", device=device, pasid=pasid)
+
+    def unregister_start(self, device: str, pasid: int) -> Pending:
+        """As `unregister`, without waiting for it."""
+        return self._agent.start("unregister", device=device, pasid=pasid)
+
+    def raw_attach(self, device: str, pasid: int, ioas: int) -> None:
+        """The bare ioctl on *device*'s fd, past every check of ours: for attacks."""
+        self._agent.call("raw_attach", device=device, pasid=pasid, ioas=ioas)
+
+    def audit(self) -> dict[str, Any]:
+        """The ledger against the kernel's own lists; ``agrees`` says whether they are the same."""
+        answer: dict[str, Any] = self._agent.call("audit")
+        return answer
+
+    def kernel_list(self, device: str) -> list[int]:
+        """The PASIDs in *device*'s list, as the kernel shows it."""
+        return [int(row["pasid"]) for row in self._agent.call("kernel_list", device=device)]

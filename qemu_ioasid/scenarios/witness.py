@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Two witnesses for every claim about memory, and the kernel's own word on top.
+
+Before an act each guest writes a fresh nonce into its arena and the host side
+must find it in the guest's RAM file: both mean the same bytes. After it, both
+compare every arena of every guest with what it was. A refused read leaves no
+trace in memory, so a kprobe on ``iommufd_access_rw`` tells whether any DMA was
+made at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from qemu_ioasid.client import Pending
+from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.rig import Guest, Rig
+from qemu_ioasid.scenarios.checks import Trial
+
+#: Bytes of a nonce, at the start of each arena.
+NONCE = 16
+
+#: What a change may be: *length* bytes at *offset* of the arena, copied from *source* of it.
+Expected = dict[str, Any]
+
+
+def moved(offset: int, length: int, source: int) -> Expected:
+    """The change a copy within one arena makes, by offsets in it."""
+    return {"offset": offset, "length": length, "source": source}
+
+
+class Witnesses:
+    """Watches all arenas of a rig around one act at a time."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+        self._host = rig.host.agent
+        self._gone: set[str] = set()
+
+    def gone(self, guest: str) -> None:
+        """*guest* has died: the host side alone goes on watching its memory."""
+        self._gone.add(guest)
+
+    def _alive(self) -> list[Guest]:
+        return [guest for guest in self._rig.guests.values() if guest.name not in self._gone]
+
+    @contextlib.contextmanager
+    def around(
+        self,
+        trial: Trial,
+        *,
+        target: str | None = None,
+        expect: Expected | None = None,
+        within: tuple[int, int] | None = None,
+        accesses: bool | None = None,
+    ) -> Iterator[None]:
+        """Watch while the block acts, then require what must be.
+
+        In guest *target*: exactly *expect*, or anything *within* (offset, length).
+        Everywhere else, and without a target: nothing. *accesses* False
+        requires that the kernel made no access, True that it made one.
+        """
+        self._before(trial)
+        yield
+        self._after(trial, target, expect, within, accesses)
+
+    def _all(self, pending: dict[str, Pending], what: str) -> dict[str, Any]:
+        deadline = Deadline(30, what)
+        return {name: each.result(deadline) for name, each in pending.items()}
+
+    def _before(self, trial: Trial) -> None:
+        nonces = self._all({g.name: g.agent.start("nonce") for g in self._alive()}, "nonces")
+        found = self._all(
+            {
+                g.name: self._host.start("read", guest=g.name, gpa=g.gpa, length=NONCE)
+                for g in self._alive()
+            },
+            "nonces in the RAM files",
+        )
+        for name, nonce in nonces.items():
+            trial.require(
+                found[name]["hex"] == nonce["hex"],
+                f"{name}: its nonce is not in its RAM file: the witnesses mean different bytes",
+            )
+        watches = {f"{g.name}": g.agent.start("watch") for g in self._alive()}
+        self._all(watches, "snapshots in the guests")
+        self._all(
+            {
+                g.name: self._host.start("watch", guest=g.name, gpa=g.gpa, length=g.size)
+                for g in self._rig.guests.values()
+            },
+            "snapshots of the RAM files",
+        )
+        self._host.call("trace_clear")
+
+    def _after(
+        self,
+        trial: Trial,
+        target: str | None,
+        expect: Expected | None,
+        within: tuple[int, int] | None,
+        accesses: bool | None,
+    ) -> None:
+        made = self._host.call("trace_read")
+        pending: dict[str, Pending] = {}
+        for guest in self._rig.guests.values():
+            expected = [expect] if expect is not None and guest.name == target else []
+            pending[f"{guest.name} from the host"] = self._host.start(
+                "changes", guest=guest.name, expect=expected
+            )
+            if guest.name not in self._gone:
+                pending[f"{guest.name} from inside"] = guest.agent.start("changes", expect=expected)
+        for name, seen in self._all(pending, "comparison of the arenas").items():
+            mine = name.split()[0] == target
+            stray = [
+                each
+                for each in seen["unexpected"]
+                if not (mine and within is not None and _inside(each, within))
+            ]
+            trial.require(
+                not stray, f"LEAK: {name}: {', '.join(map(_range, stray))} changed and must not"
+            )
+            if mine and expect is not None:
+                trial.require(
+                    bool(seen["changed"]), f"{name}: nothing changed where bytes must have moved"
+                )
+        if accesses is not None:
+            trial.require(
+                bool(made) == accesses,
+                f"the kernel made {len(made)} accesses where it must have made "
+                + ("some" if accesses else "none"),
+            )
+        count = f"{len(made)} kernel accesses" if made else "no kernel access"
+        arenas = f"{len(pending)} views of {len(self._rig.guests)} arenas"
+        if expect is not None:
+            trial.saw(f"{arenas}: exactly {expect['length']} bytes in {target}; {count}")
+        elif within is not None:
+            trial.saw(f"{arenas}: nothing outside the range in {target}; {count}")
+        else:
+            trial.saw(f"{arenas}: unchanged; {count}")
+
+
+def _inside(change: dict[str, Any], within: tuple[int, int]) -> bool:
+    offset, length = within
+    start, end = int(change["offset"]), int(change["offset"]) + int(change["length"])
+    return offset <= start and end <= offset + length
+
+
+def _range(change: dict[str, Any]) -> str:
+    return f"{change['length']} bytes at +{change['offset']:#x}"

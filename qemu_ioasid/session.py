@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One run from nothing to a verdict: kernel, images, QEMU, rig, scenario, report."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qemu_ioasid import client, config, image, kernel, qemu, rig
+from qemu_ioasid.cache import explained
+from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.errors import ConfigurationError, RigError
+from qemu_ioasid.machine import HostParts
+from qemu_ioasid.qemu import Qemu
+from qemu_ioasid.report import Report
+from qemu_ioasid.scenarios import SCENARIOS
+
+#: A clean build, of the reference machine with other work on it.
+BUILD_SECONDS = 3000.0
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; unwinds like KeyboardInterrupt."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is told. *report* None: a new folder below ``reports``."""
+
+    rig: Path = config.DEFAULT
+    scenario: str = "isolation"
+    accelerator: str = "auto"
+    qemu: str = "auto"
+    kernel: kernel.Spec = field(default_factory=kernel.Spec)
+    report: Path | None = None
+    #: Added to the host VM's kernel command line.
+    append: str = ""
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a run talks to: *say* a line that stays, *progress* one that need not."""
+
+    say: Callable[[str], None]
+    progress: Callable[[str], None]
+
+
+def private_qemu(output: Output) -> tuple[tuple[str, ...], Mapping[str, str]]:
+    """The private QEMU's argv prefix and environment, built if need be."""
+    found = image.private_qemu(
+        deadline=Deadline(BUILD_SECONDS, "private QEMU"), progress=output.progress
+    )
+    return found.argv, found.env
+
+
+def choose_qemu(options: Options, output: Output) -> tuple[Qemu, str, str]:
+    """The host VM's QEMU, the accelerator, and why it is not KVM."""
+    found = qemu.find(
+        options.qemu,
+        lambda: private_qemu(output),
+        output.say,
+        Deadline(60, "answers of QEMU to the probe"),
+    )
+    chosen, why = qemu.accelerator(options.accelerator, found, nested=True)
+    if why and options.accelerator == "auto":
+        output.say(f"no KVM ({why}): everything runs under TCG")
+    return found, chosen, why
+
+
+def build(options: Options, output: Output, report: Report) -> HostParts:
+    """Have kernel, images and QEMU ready; what is there already costs nothing."""
+    deadline = Deadline(BUILD_SECONDS, "kernel and images")
+    with report.phase("find QEMU and an accelerator"):
+        found, accelerator, why = choose_qemu(options, output)
+    report.accelerator, report.accelerator_reason = accelerator, why
+    with report.phase("kernel"):
+        built = kernel.build(options.kernel, deadline=deadline, progress=output.progress)
+    with report.phase("images"):
+        images = {
+            name: image.build(name, deadline=deadline, progress=output.progress)
+            for name in ("host", "guest")
+        }
+        argv, env = private_qemu(output)
+        inner = qemu.probe(argv, env, Deadline(60, "answers of the guests' QEMU"))
+    report.versions.update(
+        project=importlib.metadata.version("qemu_ioasid"),
+        agent=client.agent_hash(),
+        kernel={"release": built.release, "source": built.source, "hash": built.hash},
+        series=built.series_hash,
+        qemu={"host": found.version, "guests": inner.version},
+        images={name: each.hash for name, each in images.items()},
+        python=platform.python_version(),
+    )
+    return HostParts(
+        qemu=found,
+        accelerator=accelerator,
+        kernel=built.image,
+        image=images["host"].path,
+        image_hash=images["host"].hash,
+        disks={"kernel": built.disk, "guest": images["guest"].path},
+        guest_image_hash=images["guest"].hash,
+        guest_viommu=inner.viommu,
+        append=options.append,
+    )
+
+
+def report_folder(wanted: Path | None, scenario: str) -> Path:
+    """Make the report's folder; raises ConfigurationError when *wanted* holds something already."""
+    if wanted is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        base = Path("reports").absolute()
+        tries = ["", *(f"-{number}" for number in range(2, 1000))]
+        names = iter([f"{stamp}-{scenario}{suffix}" for suffix in tries])
+    else:
+        base, names = wanted.absolute().parent, iter([wanted.name])
+    with explained(base):
+        base.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            folder = base / name
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+            if wanted is not None and folder.is_dir() and not any(folder.iterdir()):
+                return folder
+    raise ConfigurationError(f"--report {wanted}: is there already and not an empty folder")
+
+
+def run(options: Options, output: Output) -> Report:
+    """Everything. The report says what happened and is on disk, whatever that was.
+
+    Raises ConfigurationError before there is a report, and KeyboardInterrupt
+    and `Terminated` after having written it.
+    """
+    if options.scenario not in SCENARIOS:
+        raise ConfigurationError(
+            f"scenario {options.scenario}: unknown; known are {', '.join(SCENARIOS)}"
+        )
+    scenario = SCENARIOS[options.scenario]
+    configuration = config.load(options.rig)
+    scenario.check_shape(configuration)
+    folder = report_folder(options.report, options.scenario)
+    report = Report(folder, options.scenario, output.say, rig=configuration.text)
+    try:
+        parts = build(options, output, report)
+        with rig.boot(configuration, parts, report.phase, folder) as running:
+            scenario.run(running, report)
+        report.exit_code = 1 if report.failed else 0
+    except RigError as error:
+        report.fail(error.exit_code, error.message, error.evidence)
+    except (KeyboardInterrupt, Terminated) as signal:
+        name, code = ("Ctrl-C", 130) if isinstance(signal, KeyboardInterrupt) else ("SIGTERM", 143)
+        report.fail(code, f"interrupted by {name}", "")
+        raise
+    except Exception as error:
+        report.fail(4, f"bug in the rig: {error!r}", traceback.format_exc())
+    finally:
+        with explained(folder):
+            report.write()
+    return report

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""SSH to a VM, through `paramiko`, over a stream that is connected already.
+
+Each VM gets a host key made before it boots and is accepted with that key
+only; each run logs in with a client key of its own. Nothing listens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shlex
+import socket
+import tarfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import paramiko
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.errors import ConnectionLost, DeadlineExceeded, InfrastructureError
+
+# Its tracebacks of lost connections would land on the user's terminal.
+logging.getLogger("paramiko").setLevel(logging.CRITICAL)
+
+
+class Stream(Protocol):
+    """What paramiko asks of a socket: a socket or another connection's channel."""
+
+    def send(self, data: bytes, /) -> int: ...
+    def recv(self, size: int, /) -> bytes: ...
+    def close(self) -> None: ...
+    def settimeout(self, seconds: float | None, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """An ed25519 key: paramiko's object, and the two raw 32-byte halves."""
+
+    key: paramiko.PKey
+    seed: bytes
+    public: bytes
+
+    def authorized_keys(self) -> str:
+        """The line for ``authorized_keys``."""
+        return f"{self.key.get_name()} {self.key.get_base64()}\n"
+
+    def dropbear(self) -> bytes:
+        """As dropbear's host key file (signkey.c, ed25519.c of dropbear): name, seed and public."""
+        name, both = b"ssh-ed25519", self.seed + self.public
+        return b"".join(len(part).to_bytes(4, "big") + part for part in (name, both))
+
+
+def generate() -> KeyPair:
+    """A fresh key; nothing touches the disk."""
+    private = Ed25519PrivateKey.generate()
+    text = private.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    ).decode()
+    raw = serialization.Encoding.Raw
+    return KeyPair(
+        key=paramiko.Ed25519Key.from_private_key(io.StringIO(text)),
+        seed=private.private_bytes(
+            raw, serialization.PrivateFormat.Raw, serialization.NoEncryption()
+        ),
+        public=private.public_key().public_bytes(raw, serialization.PublicFormat.Raw),
+    )
+
+
+class Ssh:
+    """A logged-in connection; channels are opened on it."""
+
+    def __init__(self, transport: paramiko.Transport, name: str) -> None:
+        self._transport = transport
+        self._name = name
+
+    def run(self, command: str, deadline: Deadline) -> paramiko.Channel:
+        """Start *command* in the VM; the channel is its standard input and output."""
+        try:
+            channel = self._transport.open_session(timeout=deadline.remaining())
+            channel.settimeout(None)
+            channel.exec_command(command)
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise ConnectionLost(f"{self._name}: SSH: {error or 'connection ended'}") from None
+        return channel
+
+    def put(self, files: dict[str, bytes], deadline: Deadline) -> None:
+        """Write *files* (absolute path = content) in the VM, for root alone; folders are made."""
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as tar:
+            for path, data in files.items():
+                member = tarfile.TarInfo(path.lstrip("/"))
+                member.size, member.mode = len(data), 0o600
+                tar.addfile(member, io.BytesIO(data))
+        self._finish("umask 077; exec tar -x -C /", packed.getvalue(), deadline)
+
+    def get(self, path: str, deadline: Deadline) -> bytes:
+        """The content of a file in the VM."""
+        return self._finish(f"cat {shlex.quote(path)}", b"", deadline)
+
+    def _finish(self, script: str, data: bytes, deadline: Deadline) -> bytes:
+        channel = self.run(script, deadline)
+        with contextlib.closing(channel):
+            channel.settimeout(deadline.remaining())
+            out = bytearray()
+            try:
+                channel.sendall(data)
+                channel.shutdown_write()
+                while part := channel.recv(65536):
+                    out += part
+            except TimeoutError:
+                raise deadline.exceeded() from None
+            except OSError:
+                raise ConnectionLost(f"{self._name}: SSH connection ended") from None
+            status = channel.recv_exit_status()
+            if status:
+                said = channel.recv_stderr(4096).decode(errors="replace").strip()
+                raise InfrastructureError(f"{self._name}: {script}: exit code {status}: {said}")
+        return bytes(out)
+
+
+@contextlib.contextmanager
+def connect(
+    stream: Stream, name: str, host_key: KeyPair, client_key: KeyPair, deadline: Deadline
+) -> Iterator[Ssh]:
+    """Log in as root; the stream is closed at the end.
+
+    Raises ConnectionLost when the other end goes away or shows another host
+    key than *host_key*, DeadlineExceeded when it does not answer.
+    """
+    transport = paramiko.Transport(stream)  # type: ignore[arg-type]
+    transport.daemon = True
+    try:
+        # The peer's banner comes when the VM has booted: that wait is the boot.
+        transport.banner_timeout = deadline.remaining()
+        transport.handshake_timeout = transport.auth_timeout = deadline.remaining()
+        try:
+            done = threading.Event()
+            transport.start_client(event=done)
+            if not done.wait(deadline.remaining()):
+                raise deadline.exceeded()
+            if not transport.is_active():
+                raise transport.get_exception() or EOFError()
+            shown = transport.get_remote_server_key()
+            if shown.asbytes() != host_key.key.asbytes():
+                raise ConnectionLost(f"{name}: SSH host key is not the one made for this VM")
+            transport.auth_publickey("root", client_key.key)
+        except DeadlineExceeded:
+            raise
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise ConnectionLost(f"{name}: SSH: {error or 'connection ended'}") from None
+        yield Ssh(transport, name)
+    finally:
+        transport.close()
+
+
+@contextlib.contextmanager
+def as_socket(channel: paramiko.Channel, name: str) -> Iterator[socket.socket]:
+    """A real socket whose bytes are the channel's, for code that needs a file descriptor."""
+    ours, theirs = socket.socketpair()
+
+    def inward() -> None:
+        with contextlib.suppress(OSError):
+            while data := channel.recv(65536):
+                ours.sendall(data)
+        with contextlib.suppress(OSError):
+            ours.shutdown(socket.SHUT_WR)
+
+    def outward() -> None:
+        with contextlib.suppress(OSError):
+            while data := ours.recv(65536):
+                channel.sendall(data)
+        channel.close()
+
+    threads = [
+        threading.Thread(target=work, name=f"{name} {work.__name__}", daemon=True)
+        for work in (inward, outward)
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        yield theirs
+    finally:
+        channel.close()
+        with contextlib.suppress(OSError):
+            ours.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join(5)
+        ours.close()
+        theirs.close()

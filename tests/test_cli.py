@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command as a careless user meets it: one clear line, the right exit code, nothing lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Command
+
+
+def one_line(text: str) -> str:
+    """The only line of *text*."""
+    lines = text.strip().splitlines()
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+def test_help_tells_the_exit_codes(command: Command) -> None:
+    ended = command("--help")
+    assert ended.code == 0
+    assert "5  the kernel under test failed to boot or broke" in ended.out
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonesuch"], ["run", "--accel", "xen"], ["run", "--nonesuch"], ["kernel"]]
+)
+def test_usage_is_exit_2(command: Command, arguments: list[str]) -> None:
+    ended = command(*arguments)
+    assert ended.code == 2
+    assert "Traceback" not in ended.err
+
+
+def test_broken_toml_is_exit_2_in_one_line(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "rig.toml").write_text("[host\n")
+    ended = command("run", "--rig", "rig.toml")
+    assert ended.code == 2
+    assert one_line(ended.err).startswith("qemu-ioasid: rig.toml: ")
+    assert not (tmp_path / "reports").exists()
+
+
+def test_impossible_viommu_starts_nothing(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "rig.toml").write_text(
+        "[mdev.a]\n[mdev.b]\n[mdev.c]\n[guest.g1]\nmdevs = ['a', 'b']\n[guest.g2]\nmdevs = ['c']\n"
+    )
+    ended = command("run", "--rig", "rig.toml", timeout=20)
+    assert ended.code == 2
+    assert "guest.g1.viommu.caching-mode" in one_line(ended.err)
+
+
+def test_a_rig_without_the_scenarios_shape(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "rig.toml").write_text("[guest.g1]\n")
+    ended = command("run", "--rig", "rig.toml")
+    assert ended.code == 2
+    assert "isolation needs two guests" in one_line(ended.err)
+
+
+def test_unknown_scenario(command: Command) -> None:
+    ended = command("run", "nonesuch")
+    assert ended.code == 2
+    assert "known are isolation" in one_line(ended.err)
+
+
+def test_missing_rig_file(command: Command) -> None:
+    ended = command("run", "--rig", "nonesuch.toml")
+    assert ended.code == 2
+    assert "nonesuch.toml: No such file" in one_line(ended.err)
+
+
+def test_a_report_folder_in_use_keeps_what_is_in_it(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/file").write_text("x")
+    ended = command("run", "--report", "there")
+    assert ended.code == 2
+    assert "--report there" in one_line(ended.err)
+    assert (tmp_path / "there/file").read_text() == "x"
+
+
+def test_a_qemu_that_is_none(command: Command, tmp_path: Path) -> None:
+    assert command("run", "--qemu", "nonesuch", "--report", "r1").code == 3
+    ended = command("run", "--qemu", "/bin/false", "--report", "r2")
+    assert ended.code == 3
+    assert "does not work as a QEMU" in ended.err
+    assert "Traceback" not in ended.err
+    assert (tmp_path / "r2/report.json").exists()
+
+
+def test_no_qemu_of_either_kind(command: Command, tmp_path: Path) -> None:
+    """Neither the system's QEMU nor the means to make the private copy: exit 3."""
+    (tmp_path / "bin").mkdir()
+    ended = command(
+        "run", PATH=str(tmp_path / "bin"), QEMU_IOASID_CACHE=str(tmp_path / "empty-cache")
+    )
+    assert ended.code == 3
+    assert "no QEMU to run" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_a_cache_that_cannot_be_written(command: Command) -> None:
+    ended = command("run", "--qemu", "private", QEMU_IOASID_CACHE="/proc/cache")
+    assert ended.code == 3
+    assert "QEMU_IOASID_CACHE" in ended.err
+
+
+def test_a_bad_time_scale(command: Command) -> None:
+    ended = command("run", QEMU_IOASID_TIME_SCALE="fast")
+    assert ended.code == 2
+    assert "QEMU_IOASID_TIME_SCALE=fast" in ended.err

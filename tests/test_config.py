@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Rig files: what is read, and what is refused naming file, key and reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qemu_ioasid import config, rig
+from qemu_ioasid.errors import ConfigurationError, RequirementError
+from qemu_ioasid.scenarios import SCENARIOS
+from qemu_ioasid.viommu import Viommu
+
+#: Properties of intel-iommu as `device-list-properties` gave them (docs/facts.md).
+QEMU_10_0 = frozenset(
+    "x-scalable-mode x-flts x-pasid-mode eim aw-bits caching-mode device-iotlb dma-translation "
+    "intremap snoop-control stale-tm fs1gp dma-drain pt x-buggy-eim version".split()
+)
+QEMU_11_1 = frozenset(
+    "scalable-mode fsts pasid-bits svm eim aw-bits caching-mode device-iotlb dma-translation "
+    "intremap snoop-control stale-tm fs1gp version".split()
+)
+
+
+def test_default_rig_suits_the_default_scenario() -> None:
+    found = config.load(config.DEFAULT)
+    assert list(found.guests) == ["g1", "g2"]
+    assert found.guests["g1"].mdevs == ("a", "b")
+    assert found.host.cpus == 1
+    SCENARIOS["isolation"].check_shape(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[host", "rig.toml: "),
+        ("hots = 1", "rig.toml: hots: unknown key; known are guest, host, mdev"),
+        ("[host]\ncpu = 1", "rig.toml: host.cpu: unknown key"),
+        ("host = 3", "rig.toml: host: must be a table"),
+        ('[host]\ncpus = "1"', "rig.toml: host.cpus: must be a whole number"),
+        ("[host]\ncpus = true", "rig.toml: host.cpus: must be a whole number"),
+        ("[host]\ncpus = 0", "rig.toml: host.cpus: must be from 1 to 64"),
+        ("[host]\nmemory = 512", "rig.toml: host.memory: must be a size"),
+        ('[host]\nmemory = "64M"', "rig.toml: host.memory: 64M is too little"),
+        ("[host.viommu]\nfsts = 1", "rig.toml: host.viommu.fsts: must be true or false"),
+        ("[host.viommu]\nflts = true", "rig.toml: host.viommu.flts: unknown key"),
+        ("[guest.G1]", "rig.toml: guest.G1: a name is"),
+        ("[guest.g1]\nmdevs = 'a'", "rig.toml: guest.g1.mdevs: must be a list of strings"),
+        ("[guest.g1]\nmdevs = ['a']", "rig.toml: guest.g1.mdevs: no mdev a in this file"),
+        ('[guest.g1]\nmemory = "4G"', "rig.toml: guest.g1.memory: must be from 96M to 2G"),
+        (
+            "[mdev.a]\n[guest.g1]\nmdevs = ['a']\n[guest.g1.viommu]\ncaching-mode = true\n"
+            "[guest.g2]\nmdevs = ['a']",
+            "rig.toml: guest.g2.mdevs: a is guest g1's already",
+        ),
+    ],
+)
+def test_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        config.parse(text, "rig.toml")
+    assert caught.value.message.startswith(message)
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ("scalable-mode = false", "scalable-mode"),
+        ("scalable-mode = false\nfsts = true", "scalable-mode"),
+        ("pasid-bits = 21", "pasid-bits"),
+        ("pasid-bits = -1", "pasid-bits"),
+        ("fsts = true\naw-bits = 39", "aw-bits"),
+        ("aw-bits = 47", "aw-bits"),
+        ("svm = true", "svm"),
+        ("svm = true\nfsts = true\ndevice-iotlb = true", "svm"),
+        ("eim = true\nintremap = false", "eim"),
+        ("dma-translation = false", "dma-translation"),
+        ("", "caching-mode"),
+    ],
+)
+def test_impossible_viommu(options: str, key: str) -> None:
+    text = f"[mdev.a]\n[guest.g1]\nmdevs = ['a']\n[guest.g1.viommu]\n{options}\n"
+    if key != "caching-mode":
+        text += "caching-mode = true\n"
+    with pytest.raises(ConfigurationError, match=rf"^rig.toml: guest.g1.viommu.{key}: "):
+        config.parse(text, "rig.toml")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"no\.toml: No such file"):
+        config.load(tmp_path / "no.toml")
+    (tmp_path / "bad.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigurationError, match="not UTF-8"):
+        config.load(tmp_path / "bad.toml")
+
+
+def test_either_spelling() -> None:
+    options = Viommu(fsts=True, pasid_bits=20, caching_mode=True)
+    new = options.device(QEMU_11_1)
+    assert "scalable-mode=on" in new and "fsts=on" in new and "pasid-bits=20" in new
+    old = options.device(QEMU_10_0)
+    assert "x-scalable-mode=on" in old and "x-flts=on" in old and "x-pasid-mode=on" in old
+    assert ",svm" not in old
+
+
+def test_what_a_qemu_cannot_do_is_a_requirement() -> None:
+    options = Viommu(fsts=True, pasid_bits=4, device_iotlb=True, svm=True)
+    assert "svm=on" in options.device(QEMU_11_1)
+    with pytest.raises(RequirementError, match="svm"):
+        options.device(QEMU_10_0)
+
+
+def test_two_vcpus_with_two_guests_only_without_tcg() -> None:
+    found = config.parse("[host]\ncpus = 2\n[guest.g1]\n[guest.g2]\n", "rig.toml")
+    with pytest.raises(ConfigurationError, match=r"host\.cpus"):
+        rig.check_accelerator(found, "tcg")
+    rig.check_accelerator(found, "kvm")
+    rig.check_accelerator(config.parse("[host]\ncpus = 2\n[guest.g1]\n", "rig.toml"), "tcg")

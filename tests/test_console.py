@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a console is recognised by, with lines as kernels print them."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from qemu_ioasid import console
+from qemu_ioasid.errors import KernelBroke
+
+STAMP = "[   12.345678] "
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)", "panic"),
+        ("BUG: kernel NULL pointer dereference, address: 0000000000000008", "BUG"),
+        ("BUG: unable to handle page fault for address: ffffc90000a1f000", "BUG"),
+        ("kernel BUG at drivers/vfio/pdma/queue.c:42!", "BUG"),
+        ("BUG: sleeping function called from invalid context at mm/slub.c:1", "BUG"),
+        ("BUG: spinlock bad magic on CPU#0, swapper/0/1", "BUG"),
+        ("Oops: invalid opcode: 0000 [#1] SMP PTI", "oops"),
+        ("Oops: general protection fault, probably for non-canonical address", "oops"),
+        ("WARNING: CPU: 1 PID: 88 at drivers/iommu/iommufd/device.c:1 foo+0x1/0x2", "WARNING"),
+        ("WARNING: drivers/vfio/vfio_main.c:270 at vfio_f+0x1/0x2, CPU#0: python3/44", "WARNING"),
+        ("BUG: KASAN: slab-use-after-free in pdma_work+0x10/0x20", "KASAN"),
+        ("UBSAN: array-index-out-of-bounds in drivers/x.c:1:2", "UBSAN"),
+        ("WARNING: possible circular locking dependency detected", "lockdep"),
+        ("WARNING: possible recursive locking detected", "lockdep"),
+        ("WARNING: suspicious RCU usage", "lockdep"),
+        ("WARNING: inconsistent lock state", "lockdep"),
+        ("INFO: task python3:77 blocked for more than 122 seconds.", "hung task"),
+        ("watchdog: BUG: soft lockup - CPU#0 stuck for 22s! [kworker/0:1:11]", "lockup"),
+        ("rcu: INFO: rcu_preempt self-detected stall on CPU", "rcu stall"),
+        ("rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:", "rcu stall"),
+        ("kmemleak: 3 new suspected memory leaks (see /sys/kernel/debug/kmemleak)", "leak"),
+    ],
+)
+def test_recognised(line: str, kind: str) -> None:
+    assert console.classify(STAMP + line) == kind
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Linux version 7.2.12 (gcc) #1 SMP PREEMPT",
+        "kvm_intel: VMX not supported by CPU 0",
+        "Spectre V2 : WARNING: Unprivileged eBPF is enabled with eIBRS on",
+        "debug: turning on the debugger",
+        "** NOTICE NOTICE NOTICE **",
+        "DMAR: [Firmware Bug]: nothing",
+        "rcu: Hierarchical RCU implementation.",
+    ],
+)
+def test_not_a_report(line: str) -> None:
+    assert console.classify(STAMP + line) is None
+
+
+def test_kept_and_excerpted(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with console.attach(ours, "host", tmp_path / "console.log") as log:
+        theirs.sendall(b"one\r\ntwo\r\nkernel BUG at a.c:1!\r\n\x1b[0mCall Tr")
+        assert log.broken.wait(5)
+        theirs.sendall(b"ace:\r\nlast words")
+        theirs.close()
+        assert log.wait_end(5)
+        with pytest.raises(KernelBroke) as caught:
+            log.check()
+        assert caught.value.message == "host: BUG: kernel BUG at a.c:1!"
+        assert caught.value.evidence.splitlines() == [
+            "one",
+            "two",
+            "kernel BUG at a.c:1!",
+            "Call Trace:",
+            "last words",
+        ]
+        log.check(seen=1)
+        assert log.tail(1) == "last words"
+    assert b"last words" in (tmp_path / "console.log").read_bytes()
