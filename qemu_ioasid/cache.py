@@ -18,14 +18,12 @@ from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import RequirementError
 from qemu_ioasid.process import current_run
 
-#: What a full, read-only or mistaken place answers.
+#: What a full, read-only or forbidden place answers.
 _NO_PLACE = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EROFS,
     errno.EACCES,
-    errno.ENOTDIR,
-    errno.EEXIST,
 )
 
 
@@ -34,8 +32,10 @@ def root() -> Path:
     own = os.environ.get("QEMU_IOASID_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = Path(own).absolute() if own else Path(home) / "qemu_ioasid"
-    with explained(path):
+    try:
         path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_place(error, path) from None
     return path
 
 
@@ -55,11 +55,15 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _NO_PLACE:
-            where = error.filename or path
-            raise RequirementError(
-                f"{where}: {error.strerror}; make room, or set QEMU_IOASID_CACHE to another folder"
-            ) from None
+            raise _no_place(error, path) from None
         raise
+
+
+def _no_place(error: OSError, path: Path) -> RequirementError:
+    return RequirementError(
+        f"{error.filename or path}: {error.strerror}; "
+        "make room, or set QEMU_IOASID_CACHE to another folder"
+    )
 
 
 @contextlib.contextmanager

@@ -131,14 +131,14 @@ class Report:
             if check.verdict != "pass":
                 tag = {"fail": "failure", "error": "error", "skip": "skipped"}[check.verdict]
                 told = ElementTree.SubElement(
-                    case, tag, message=f"{check.answered}; {check.witnesses}"
+                    case, tag, message=_printable(f"{check.answered}; {check.witnesses}")
                 )
                 told.text = _printable(f"tried: {check.tried}\n{check.evidence}")
         if self.error is not None:
             case = ElementTree.SubElement(
                 suite, "testcase", classname=f"qemu-ioasid.{self.scenario}", name="rig", time="0"
             )
-            told = ElementTree.SubElement(case, "error", message=self.error["message"])
+            told = ElementTree.SubElement(case, "error", message=_printable(self.error["message"]))
             told.text = _printable(self.error["evidence"])
         verdicts = [check.verdict for check in self.checks]
         suite.set("tests", str(len(list(suite.iter("testcase")))))
@@ -159,7 +159,7 @@ def table(checks: list[Check], width: int) -> str:
     lines = []
     longest = max((len(check.name) for check in checks), default=0)
     for check in checks:
-        room = max(20, width - longest - 10)
+        room = max(20, width - longest - 11)
         told = f"{check.answered}; {check.witnesses}"
         if check.verdict == "pass" and len(told) > room:
             told = told[: room - 1] + "…"

@@ -6,7 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Command
+
+from tests.conftest import Command
 
 
 def one_line(text: str) -> str:

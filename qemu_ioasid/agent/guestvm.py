@@ -8,7 +8,7 @@ import os
 import select
 import signal
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from qemu_ioasid.agent.descriptor import Descriptor
 
@@ -36,16 +36,22 @@ def substituted(argv: Sequence[str], numbers: Mapping[str, int]) -> list[str]:
     return result
 
 
+def _remove_folder(folder: str) -> None:
+    with suppress(FileNotFoundError):
+        for name in os.listdir(folder):
+            os.unlink(f"{folder}/{name}")
+        os.rmdir(folder)
+
+
 def _listening(folder: str, names: Sequence[str], stack: ExitStack) -> dict[str, socket.socket]:
     """Listening unix sockets in a folder that only this user may enter; stack removes all."""
-    import shutil
     import socket
 
     os.makedirs(RUNTIME, mode=0o700, exist_ok=True)
     # left by an agent that was killed; the name is ours, since a running guest holds it no more
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove_folder(folder)
     os.mkdir(folder, mode=0o700)
-    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    stack.callback(_remove_folder, folder)
     sockets = {}
     for name in names:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))

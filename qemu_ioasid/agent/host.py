@@ -78,17 +78,18 @@ class Host:
     def close(self) -> None:
         """Ends everything: sleepers wake, guests die, devices close, mdevs go."""
         with ExitStack() as stack:
-            for created in self._mdevs.values():
+            for created in list(self._mdevs.values()):
                 stack.callback(created.remove)
-            for guest in self._guests.values():
+            guests = list(self._guests.values())
+            for guest in guests:
                 stack.callback(guest.stop, STOP_SECONDS)
             stack.callback(self._own.close)
-            for guest in self._guests.values():
+            for guest in guests:
                 if guest.running:
                     stack.callback(guest.kill)
             if self._trace:
                 stack.callback(self._trace.close)
-            for slow in self._slow.values():
+            for slow in list(self._slow.values()):
                 stack.callback(slow.close)
 
     # --- names --------------------------------------------------------------------------
@@ -339,7 +340,7 @@ class Host:
         def state() -> str | None:
             for row in self.kernel_list(device):
                 if row["pasid"] == pasid:
-                    return "blocked" if row["state"] == "blocked" else None
+                    return None if row["state"] == "live" else str(row["state"])
             return "gone"
 
         return {"state": wait_for(f"PASID {pasid} of {device} blocked", seconds, state)}

@@ -74,7 +74,7 @@ class Completion:
     """What the device reports of one descriptor.
 
     status: a name of STATUS, or the bare number. error: positive errno. addr: the faulting IOVA.
-    done: bytes written.
+    done: bytes written for certain; a fault may have written more, up to the edge of what is bound.
     """
 
     __slots__ = ("addr", "done", "error", "pasid", "seq", "status")
@@ -110,14 +110,18 @@ class Ring:
         self.device = device
         self._lock = threading.Lock()
         self._registers = device.region(vfio_uapi.VFIO_PCI_BAR0_REGION_INDEX)
-        config = device.region(vfio_uapi.VFIO_PCI_CONFIG_REGION_INDEX)
-        command = int.from_bytes(device.read(config, _COMMAND, 2), "little")
-        device.write(config, _COMMAND, (command | _MEMORY_AND_MASTER).to_bytes(2, "little"))
+        self._enable()
         found = (self.register("MAGIC"), self.register("VERSION"), self.register("RING_ENTRIES"))
         if found != (uapi.PDMA_MAGIC, uapi.PDMA_VERSION, uapi.PDMA_RING_ENTRIES):
             raise OSError(errno.ENODEV, f"{device.name}: magic, version, entries are {found}")
         self._tail = self.register("TAIL")
         self._memory = device.map(device.region(vfio_uapi.VFIO_PCI_BAR2_REGION_INDEX))
+
+    def _enable(self) -> None:
+        config = self.device.region(vfio_uapi.VFIO_PCI_CONFIG_REGION_INDEX)
+        command = int.from_bytes(self.device.read(config, _COMMAND, 2), "little")
+        command |= _MEMORY_AND_MASTER
+        self.device.write(config, _COMMAND, command.to_bytes(2, "little"))
 
     def register(self, name: str) -> int:
         """A register of BAR0 by its name in REGISTERS."""
@@ -195,6 +199,8 @@ class Ring:
         """Resets the device: batches in flight are lost, counting starts where TAIL says."""
         with self._lock:
             self.device.reset()
+            # a reset clears the command register, too
+            self._enable()
             self._tail = self.register("TAIL")
 
     def close(self) -> None:

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Reports as machines and people read them."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from qemu_ioasid.report import Check, Report, table
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Report:
+    """A report with one check of each verdict."""
+    said: list[str] = []
+    report = Report(tmp_path, "isolation", said.append, accelerator="tcg")
+    report.versions = {"kernel": {"release": "7.2"}, "series": "abc"}
+    with report.phase("boot"):
+        pass
+    report.checks += [
+        Check("one", "pass", "tried it", "DONE", "seen", 0.5),
+        Check("two", "fail", "tried it", "DONE", "LEAK: <g1> & \x1b[0m", 0.1, "console\x00 line"),
+        Check("three", "error", "tried it", "nothing", "not asked"),
+        Check("four", "skip", "tried it", "nothing", "not asked"),
+    ]
+    return report
+
+
+def test_document_has_the_promised_keys(report: Report, tmp_path: Path) -> None:
+    report.exit_code = 1
+    report.write()
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert document["schema"] == 1
+    assert document["verdict"] == "a check failed"
+    assert document["exit_code"] == 1
+    assert document["accelerator"] == "tcg"
+    assert document["versions"]["series"] == "abc"
+    assert [set(phase) for phase in document["phases"]] == [{"name", "seconds"}]
+    for check in document["checks"]:
+        assert {"name", "verdict", "tried", "answered", "witnesses"} <= set(check)
+
+
+def test_junit_counts_and_survives_control_characters(report: Report, tmp_path: Path) -> None:
+    report.fail(5, "host: panic: Kernel panic", "last\x1b words")
+    report.write()
+    suite = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    assert suite.get("tests") == "5"
+    assert suite.get("failures") == "1"
+    assert suite.get("errors") == "2"
+    assert suite.get("skipped") == "1"
+    cases = {case.get("name"): case for case in suite.iter("testcase")}
+    failure = cases["two"].find("failure")
+    assert failure is not None and "LEAK" in str(failure.get("message"))
+    broke = cases["rig"].find("error")
+    assert broke is not None and broke.text == "last words"
+
+
+def test_unfinished_phase_is_told(tmp_path: Path) -> None:
+    said: list[str] = []
+    report = Report(tmp_path, "isolation", said.append)
+    with pytest.raises(KeyError), report.phase("boot"):
+        raise KeyError
+    assert said[0].endswith("boot  (not finished)")
+    assert report.phases[0].name == "boot"
+
+
+def test_table_keeps_to_its_width_where_all_is_well(report: Report) -> None:
+    report.checks[0].witnesses = "x" * 300
+    lines = table(report.checks, 80).splitlines()
+    assert len(lines[0]) <= 80 and lines[0].endswith("…")
+    assert any("LEAK" in line for line in lines)
+    assert any("tried: tried it" in line for line in lines)
