@@ -140,7 +140,7 @@ class Host:
                 ensure_mounted(filesystem, folder)
         kernel = {
             "iommu": os.path.exists(IOMMU),
-            "mdev_type": mdev.supported(),
+            "mdev_type": mdev.mdev_type() is not None,
             "debugfs": os.path.isdir(kernellist.FOLDER),
             "tracefs": os.path.exists(f"{TRACEFS}/trace"),
             "kprobe": os.path.exists(f"{TRACEFS}/kprobe_events"),
@@ -335,12 +335,15 @@ class Host:
         return kernellist.parent_table()
 
     def wait_blocked(self, device: str, pasid: int, seconds: float) -> Json:
-        """Waits until the kernel has blocked a PASID of a device (it drains) or dropped it."""
+        """Waits until the kernel keeps new work off a PASID of a device, or has dropped it.
+
+        The state is what its list shows (closed: being unregistered, paused: being replaced).
+        """
 
         def state() -> str | None:
             for row in self.kernel_list(device):
                 if row["pasid"] == pasid:
-                    return None if row["state"] == "live" else str(row["state"])
+                    return None if row["state"] == kernellist.OPEN else str(row["state"])
             return "gone"
 
         return {"state": wait_for(f"PASID {pasid} of {device} blocked", seconds, state)}

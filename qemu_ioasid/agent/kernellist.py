@@ -1,4 +1,8 @@
-"""What the kernel says of PASIDs: pdma's debugfs files, one per device and one for the parent."""
+"""What the kernel says of PASIDs: pdma's debugfs files, one per device and one for the parent.
+
+drivers/vfio/pdma/debugfs.c. A device's columns: pasid, ioas, inflight, state (OPEN, or otherwise
+while a change drains). The parent's: pasid, ioas, users, state.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from qemu_ioasid.agent.tracing import ensure_mounted
 
 DEBUGFS = "/sys/kernel/debug"
 FOLDER = f"{DEBUGFS}/pdma"
+OPEN = "open"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,4 +53,4 @@ def device_list(uuid: str) -> list[Row]:
 
 def parent_table() -> list[Row]:
     """The parent's PASID table. Raises FileNotFoundError: the driver is not there."""
-    return _read(f"{FOLDER}/pasids")
+    return _read(f"{FOLDER}/table")

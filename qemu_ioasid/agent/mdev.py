@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 
 from qemu_ioasid.agent.vfio import MDEV_DEVICES
 
 PARENT = "pdma"
-TYPE = "pdma-1"
+# The kernel puts the name of the parent device's driver before it (mdev_sysfs.c), which is not the
+# name of the mdev driver and none of this module's business.
+TYPE_SUFFIX = "-1"
 TYPES = f"/sys/class/mdev_bus/{PARENT}/mdev_supported_types"
 
 
@@ -21,9 +24,13 @@ def write_attribute(path: str, value: str) -> None:
         os.close(fd)
 
 
-def supported() -> bool:
-    """The kernel has the parent and the type."""
-    return os.path.exists(f"{TYPES}/{TYPE}/create")
+def mdev_type() -> str | None:
+    """The name of pdma's one type; None when the kernel has no such parent."""
+    with suppress(FileNotFoundError):
+        for name in os.listdir(TYPES):
+            if name.endswith(TYPE_SUFFIX):
+                return name
+    return None
 
 
 class Mdev:
@@ -35,8 +42,14 @@ class Mdev:
 
     @classmethod
     def create(cls, uuid: str) -> Mdev:
-        """Creates the mdev. EEXIST: there is one. EINVAL: not a UUID. ENOENT: no such parent."""
-        write_attribute(f"{TYPES}/{TYPE}/create", uuid)
+        """Creates the mdev.
+
+        EEXIST: there is one. EINVAL: not a UUID. ENODEV: the kernel has no parent pdma.
+        """
+        name = mdev_type()
+        if name is None:
+            raise OSError(errno.ENODEV, f"no mdev parent {PARENT}")
+        write_attribute(f"{TYPES}/{name}/create", uuid)
         return cls(uuid)
 
     @property

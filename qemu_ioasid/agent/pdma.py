@@ -89,13 +89,17 @@ class Completion:
 
 
 class Batch:
-    """Descriptors submitted by one doorbell: the ring's count before the first, and how many."""
+    """Descriptors submitted by one doorbell: the ring's count before the first, and how many.
 
-    __slots__ = ("count", "first")
+    resets: how often the ring had been reset by then.
+    """
 
-    def __init__(self, first: int, count: int) -> None:
+    __slots__ = ("count", "first", "resets")
+
+    def __init__(self, first: int, count: int, resets: int) -> None:
         self.first = first
         self.count = count
+        self.resets = resets
 
 
 class Ring:
@@ -109,6 +113,7 @@ class Ring:
         """Raises OSError; ENODEV when the registers are not those of a pdma this code knows."""
         self.device = device
         self._lock = threading.Lock()
+        self._resets = 0
         self._registers = device.region(vfio_uapi.VFIO_PCI_BAR0_REGION_INDEX)
         self._enable()
         found = (self.register("MAGIC"), self.register("VERSION"), self.register("RING_ENTRIES"))
@@ -162,17 +167,22 @@ class Ring:
             doorbell = tail.to_bytes(4, "little")
             self.device.write(self._registers, uapi.PDMA_REG_TAIL, doorbell)
             self._tail = tail
-        return Batch(first, len(descriptors))
+            return Batch(first, len(descriptors), self._resets)
 
     def wait(self, batch: Batch, seconds: float) -> list[Completion]:
         """The batch's completions, in order of submission.
 
-        Raises TimeoutError (the batch can be waited for again), and RuntimeError when later work
-        has overwritten a record.
+        Raises TimeoutError (the batch can be waited for again); OSError ECANCELED when a reset
+        came between, EBADF when the ring was closed; RuntimeError when later work has overwritten a
+        record.
         """
         completions: list[Completion] = []
 
         def collect() -> list[Completion] | None:
+            if self._memory.closed:
+                raise OSError(errno.EBADF, f"{self.device.name}: the ring is closed")
+            if self._resets != batch.resets:
+                raise OSError(errno.ECANCELED, f"{self.device.name}: lost in a reset")
             while len(completions) < batch.count:
                 completion = self._poll(batch.first + len(completions))
                 if completion is None:
@@ -199,6 +209,7 @@ class Ring:
         """Resets the device: batches in flight are lost, counting starts where TAIL says."""
         with self._lock:
             self.device.reset()
+            self._resets += 1
             # a reset clears the command register, too
             self._enable()
             self._tail = self.register("TAIL")

@@ -370,7 +370,7 @@ class Isolation:
             leaving = self.registrar.unregister_start(self.a, pasid)
             state = host.call("wait_blocked", device=self.a, pasid=pasid, seconds=20)["state"]
             trial.answer(f"unregister under way: entry {state}")
-            early = state != "blocked" or leaving.done()
+            early = state != "closed" or leaving.done()
             host.call("slow_release", handle=handle)
             leaving.result(Deadline(30, "return of unregister"))
             landed = host.call("slow_read", handle=handle, offset=0, length=4096)["hex"]

@@ -106,10 +106,10 @@ def test_a_watch_outside_the_memory_is_refused() -> None:
 
 
 def test_kernel_list_is_read_by_its_header() -> None:
-    text = "pasid ioas inflight state\n5 2 0 live\n0x10 3 1 blocked\n"
+    text = "pasid ioas inflight state\n5 2 0 open\n0x10 3 1 paused\n"
     assert kernellist.parse(text) == [
-        {"pasid": 5, "ioas": 2, "inflight": 0, "state": "live"},
-        {"pasid": 16, "ioas": 3, "inflight": 1, "state": "blocked"},
+        {"pasid": 5, "ioas": 2, "inflight": 0, "state": "open"},
+        {"pasid": 16, "ioas": 3, "inflight": 1, "state": "paused"},
     ]
     assert kernellist.parse("# pasid ioas\n") == []
 

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The kernel build, on a package that holds a kernel of two files; the real one where it must."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qemu_ioasid import cache, kernel
+from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.errors import ConfigurationError, ProcessFailed, RequirementError
+from qemu_ioasid.kernel import make, options, source
+
+_MAKEFILE = """\
+.RECIPEPREFIX = >
+allnoconfig:
+>grep -v IMPOSSIBLE $(KCONFIG_ALLCONFIG) >$(O)/.config
+vmlinux: $(O)/driver.o $(O)/core.o
+>cat $^ >$(O)/vmlinux
+>touch $(O)/System.map
+>mkdir -p $(O)/include/config && echo 7.2.99 >$(O)/include/config/kernel.release
+$(O)/%.o: drivers/%.c
+>echo "  CC      $*.o"
+>while test -e $(O)/slow; do sleep 0.05; done
+>gcc -c -o $@ $<
+>echo "$@ built" >$(dir $@).$(notdir $@).cmd
+headers:
+>mkdir -p $(O)/usr/include/linux && touch $(O)/usr/include/linux/some.h
+"""
+_PATCH = """\
+--- a/drivers/driver.c
++++ b/drivers/driver.c
+@@ -1 +1 @@
+-int driver = 1;
++int driver = {value};
+--- /dev/null
++++ b/drivers/new.c
+@@ -0,0 +1 @@
++int added;
+"""
+
+BUILD = """\
+import sys
+from pathlib import Path
+from qemu_ioasid import kernel
+from qemu_ioasid.deadline import Deadline
+spec = kernel.Spec(series=Path(sys.argv[1]), fragments=Path(sys.argv[2]))
+progress = lambda line: print(line, flush=True)
+print(kernel.build(spec, deadline=Deadline(60, "build"), progress=progress).cached)
+"""
+
+
+class Small:
+    """A cache that holds the small package as if it had been downloaded, and a recipe for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.series = folder / "7.2"
+        self.fragments = folder / "config"
+        self.lines: list[str] = []
+        for made in (self.series, self.fragments):
+            made.mkdir()
+        (self.fragments / "some.config").write_text("# why\nCONFIG_SOME=y\n")
+        self.patch("2")
+        self._package(folder / "package")
+
+    def _package(self, folder: Path) -> None:
+        src = folder / "linux-source-7.2/drivers"
+        src.mkdir(parents=True)
+        (src.parent / "Makefile").write_text(_MAKEFILE)
+        (src / "driver.c").write_text("int driver = 1;\n")
+        (src / "core.c").write_text("int core;\n")
+        held = folder / "deb/usr/src"
+        held.mkdir(parents=True)
+        (folder / "deb/DEBIAN").mkdir()
+        (folder / "deb/DEBIAN/control").write_text(
+            "Package: linux-source-7.2\nVersion: 7.2.99\nArchitecture: all\n"
+            "Maintainer: nobody\nDescription: none\n"
+        )
+        tarball = held / "linux-source-7.2.tar.xz"
+        subprocess.run(["tar", "-cJf", tarball, "-C", folder, "linux-source-7.2"], check=True)
+        there = source.Source("linux-source-7.2", "7.2.99", "nowhere")
+        entry = cache.entry("kernel-source", there.key)
+        entry.mkdir(parents=True)
+        deb = ["dpkg-deb", "--build", str(folder / "deb"), str(entry / "source.deb")]
+        subprocess.run(deb, check=True, stdout=subprocess.DEVNULL)
+        (entry / "sha256").write_text("0" * 64)
+        source.remember("7.2", there)
+
+    def patch(self, value: str) -> None:
+        """Have the series set the driver's number to *value*."""
+        (self.series / "0001-driver.patch").write_text(_PATCH.format(value=value))
+        (self.series / "series").write_text("0001-driver.patch # the driver\n")
+
+    def build(self) -> kernel.Kernel:
+        """Build it in this process."""
+        spec = kernel.Spec(series=self.series, fragments=self.fragments)
+        return kernel.build(spec, deadline=Deadline(60, "build"), progress=self.lines.append)
+
+    def child(self) -> subprocess.Popen[str]:
+        """Build it in a process of its own."""
+        argv = [sys.executable, "-c", BUILD, str(self.series), str(self.fragments)]
+        return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+
+    @property
+    def tree(self) -> Path:
+        """The unpacked source and the build folder."""
+        return cache.entry("kernel-tree", "linux-source-7.2_7.2.99")
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
+    monkeypatch.setenv("QEMU_IOASID_CACHE", str(tmp_path / "cache"))
+    return Small(tmp_path)
+
+
+def _wait(condition: Callable[[], bool], what: str) -> None:
+    deadline = Deadline(20, what)
+    while not condition():
+        deadline.remaining()
+        time.sleep(0.02)
+
+
+def test_build_then_cached(small: Small) -> None:
+    first = small.build()
+    assert not first.cached
+    assert (first.release, first.source) == ("7.2.99", "linux-source-7.2 7.2.99")
+    assert (small.tree / "src/drivers/driver.c").read_text() == "int driver = 2;\n"
+    assert (first.headers / "include/linux/some.h").exists()
+    assert first.disk.stat().st_size
+    started = time.monotonic()
+    again = small.build()
+    assert time.monotonic() - started < 1
+    assert (again.cached, again.hash) == (True, first.hash)
+    assert [found.hash for found in kernel.cached()] == [first.hash]
+    assert json.loads(first.provenance.read_text())["series"] == ["0001-driver.patch"]
+
+
+def test_a_changed_patch_rebuilds_its_file_alone(small: Small) -> None:
+    first = small.build()
+    core = (small.tree / "build-default/core.o").stat().st_mtime_ns
+    small.patch("3")
+    second = small.build()
+    assert second.hash != first.hash
+    assert (small.tree / "src/drivers/driver.c").read_text() == "int driver = 3;\n"
+    assert (small.tree / "build-default/core.o").stat().st_mtime_ns == core
+    (small.series / "series").write_text("")
+    small.build()
+    assert (small.tree / "src/drivers/driver.c").read_text() == "int driver = 1;\n"
+    assert not (small.tree / "src/drivers/new.c").exists()
+
+
+def test_a_patch_that_does_not_apply_is_named(small: Small) -> None:
+    small.build()
+    patch = small.series / "0001-driver.patch"
+    patch.write_text(_PATCH.format(value="9").replace("driver = 1;", "driver = 5;"))
+    with pytest.raises(ConfigurationError, match=r"0001-driver\.patch: does not apply"):
+        small.build()
+    assert (small.tree / "src/drivers/driver.c").read_text() == "int driver = 2;\n"
+    patch.write_text("--- a/../../outside\n+++ b/../../outside\n@@ -0,0 +1 @@\n+x\n")
+    with pytest.raises(ConfigurationError, match="leads out of the tree"):
+        small.build()
+    patch.unlink()
+    with pytest.raises(ConfigurationError, match="no such patch"):
+        small.build()
+
+
+def test_an_option_that_cannot_be_set_is_named(small: Small) -> None:
+    (small.fragments / "more.config").write_text("# why\nCONFIG_IMPOSSIBLE=y\n")
+    with pytest.raises(ConfigurationError, match=r"more\.config: CONFIG_IMPOSSIBLE=y"):
+        small.build()
+    (small.fragments / "more.config").write_text("# CONFIG_SOME is not set\n")
+    with pytest.raises(ConfigurationError, match=r"some\.config: CONFIG_SOME=y, but more\.config"):
+        small.build()
+    (small.fragments / "more.config").write_text("CONFIG_LIKE y\n")
+    with pytest.raises(ConfigurationError, match=r"more\.config: not a config line"):
+        small.build()
+
+
+def test_a_compiler_error_is_told(small: Small) -> None:
+    small.patch("nonsense")
+    with pytest.raises(ProcessFailed, match=r"driver\.c.*error"):
+        small.build()
+    small.patch("4")
+    assert not small.build().cached
+
+
+def test_two_at_once(small: Small) -> None:
+    small.build()
+    slow = small.tree / "build-default/slow"
+    slow.touch()
+    small.patch("6")
+    with small.child() as first, small.child() as second:
+        assert first.stdout is not None
+        assert second.stdout is not None
+        told: list[str] = []
+        readers = [
+            threading.Thread(target=lambda stream=child.stdout: told.extend(stream), daemon=True)
+            for child in (first, second)
+        ]
+        for reader in readers:
+            reader.start()
+        _wait(lambda: any("waiting for another build of the same" in x for x in told), "a waiter")
+        slow.unlink()
+        for reader in readers:
+            reader.join(30)
+    assert sorted(line for line in told if line in ("True\n", "False\n")) == ["False\n", "True\n"]
+
+
+def test_sigkill_in_mid_build(small: Small) -> None:
+    small.build()
+    out = small.tree / "build-default"
+    (out / "slow").touch()
+    small.patch("7")
+    child = small.child()
+    _wait(lambda: (out / "unfinished").exists(), "start of make")
+    child.kill()
+    child.communicate()
+    _wait(lambda: not list((cache.root() / "kernel").glob(".*-*")), "removal by the keeper")
+    (out / "slow").unlink()
+    # What a kill may leave: an object newer than its sources and than its command's record.
+    (out / "driver.o").write_bytes(b"half")
+    os.utime(out / "driver.o", (time.time() + 60, time.time() + 60))
+    built = small.build()
+    assert b"half" not in built.vmlinux.read_bytes()
+
+
+def test_nothing_to_be_had(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache.root() / "kernel-source/7.2.json").unlink()
+
+    def newest(pattern: str, suite: str, *, deadline: Deadline) -> dict[str, str]:
+        raise RequirementError(f"cannot fetch the list of {suite}: no network")
+
+    monkeypatch.setattr("qemu_ioasid.archive.newest", newest)
+    with pytest.raises(RequirementError, match=r"no source of Linux 7\.2.*sid: no network"):
+        small.build()
+
+
+def test_the_nearest_newer_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    lists = {"sid": {"linux-source-7.4": "7.4.1", "linux-source-7.1": "7.1.9"}}
+    lists["forky"] = {"linux-source-7.3": "7.3.5"}
+    monkeypatch.setattr(
+        "qemu_ioasid.archive.newest", lambda pattern, suite, *, deadline: lists.get(suite, {})
+    )
+    found = [str(offer) for offer in source.offered("7.2", Deadline(9, "offers"))]
+    assert found == ["linux-source-7.3 7.3.5", "linux-source-7.4 7.4.1"]
+
+
+def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda tool: None if tool == "flex" else f"/{tool}")
+    with pytest.raises(RequirementError, match=r"install flex"):
+        make.compiler(Deadline(9, "compiler"))
+
+
+def test_every_fragment_says_why() -> None:
+    for fragment in (kernel.PATCHES / "config").glob("*.config"):
+        assert fragment.read_text().startswith("# "), fragment
+        assert options.read([fragment]), fragment
+
+
+@pytest.mark.parametrize("profile", ["default", "debug"])
+def test_the_shipped_options_can_all_be_set(
+    built_kernel: kernel.Kernel, profile: str, tmp_path: Path
+) -> None:
+    found = json.loads(built_kernel.provenance.read_text())
+    package, version = found["source"].split(" ")
+    src = cache.entry("kernel-tree", source.Source(package, version, "").key) / "src"
+    fragments = [
+        path
+        for path in sorted((kernel.PATCHES / "config").glob("*.config"))
+        if path.stem != "debug" or profile == "debug"
+    ]
+    make.Build(src, tmp_path, 2).configure(options.read(fragments), Deadline(60, "config"))
+
+
+def test_the_real_kernel(built_kernel: kernel.Kernel) -> None:
+    assert built_kernel.vmlinux.read_bytes()[:4] == b"\x7fELF"
+    assert "CONFIG_IOMMUFD=y" in built_kernel.config.read_text()
+    assert (built_kernel.headers / "include/linux/iommufd.h").exists()
+    assert (built_kernel.headers / "include/linux/pdma.h").exists()
+    started = time.monotonic()
+    again = kernel.build(kernel.Spec(), deadline=Deadline(60, "kernel"), progress=print)
+    assert again.cached
+    assert time.monotonic() - started < 1

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The whole stack as a user runs it: what holds, what breaks it, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qemu_ioasid import kernel, reaper
+from qemu_ioasid.kernel import Kernel
+from tests.conftest import Command
+
+MUTANTS = Path(__file__).with_name("mutants")
+
+CHECKS = [
+    *("stage-host", "stage-g1", "stage-g2", "same-bytes-g1", "same-bytes-g2"),
+    *(f"no-pasid-{how}-{device}" for device in "abc" for how in ("mapped", "unmapped")),
+    *(f"registered-{device}" for device in "abc"),
+    "audit",
+    *(f"unregistered-{device}" for device in "abc"),
+    "intra-vm",
+    *("inter-vm-use", "inter-vm-register", "inter-vm-ioas-id", "inter-vm-equal-id"),
+    *(f"after-{what}-{device}" for device in "abc" for what in ("unregister", "free", "replace")),
+    "in-flight",
+    *(f"past-the-end-{device}" for device in "abc"),
+    "after-death-c",
+]
+
+
+def ours(token: str) -> list[int]:
+    """The live processes of the run with that token."""
+    return reaper.marked(token)
+
+
+def token_of(runtime: str) -> str:
+    """The token of the one run below *runtime*."""
+    (name,) = os.listdir(Path(runtime) / "qemu_ioasid")
+    return name
+
+
+class Running:
+    """``qemu-ioasid`` under way, in a terminal-less session of its own."""
+
+    def __init__(self, cwd: Path, environment: dict[str, str], *arguments: str) -> None:
+        self.environment = environment
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "qemu_ioasid.cli", *arguments],
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.output = ""
+
+    def wait_for(self, text: str, seconds: float) -> None:
+        """Read its output until *text* is in it."""
+        assert self.popen.stdout is not None
+        end = time.monotonic() + seconds
+        while text not in self.output:
+            ready, _, _ = select.select([self.popen.stdout], [], [], end - time.monotonic())
+            assert ready, f"no {text!r} in {self.output!r}"
+            line = self.popen.stdout.readline()
+            assert line, f"ended without {text!r}: {self.output!r}"
+            self.output += line
+
+    def wait_for_qemu(self, seconds: float) -> str:
+        """Wait until its QEMU runs; returns the run's token."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            base = Path(self.environment["XDG_RUNTIME_DIR"]) / "qemu_ioasid"
+            for name in os.listdir(base) if base.exists() else []:
+                for pid in ours(name):
+                    if b"virtserialport" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        return name
+            time.sleep(0.05)
+        raise AssertionError("no QEMU")
+
+    def nothing_left(self, token: str, seconds: float = 5.0) -> None:
+        """Within *seconds* of its death no process and no folder of it is left."""
+        base = Path(self.environment["XDG_RUNTIME_DIR"]) / "qemu_ioasid"
+        end = time.monotonic() + seconds
+        while ours(token) or (base / token).exists():
+            assert time.monotonic() < end, (ours(token), list(base.iterdir()))
+            time.sleep(0.05)
+        cache = Path(os.environ.get("QEMU_IOASID_CACHE", "~/.cache/qemu_ioasid")).expanduser()
+        assert not list(cache.glob(f"*/.{token}*"))
+
+
+@pytest.fixture
+def running(tmp_path: Path, environment: dict[str, str]) -> Iterator[Any]:
+    """Starts runs that are killed at the end if they still live."""
+    started: list[Running] = []
+
+    def start(*arguments: str) -> Running:
+        started.append(Running(tmp_path, environment, *arguments))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.popen.kill()
+        each.popen.communicate()
+
+
+def test_isolation_holds(command: Command, tmp_path: Path, built_kernel: Kernel) -> None:
+    ended = command("run", "--json", "--report", "report")
+    assert ended.code == 0, ended.err
+    report = ended.json()
+    assert report == json.loads((tmp_path / "report/report.json").read_text())
+    assert [check["name"] for check in report["checks"]] == CHECKS
+    assert {check["verdict"] for check in report["checks"]} == {"pass"}
+    for check in report["checks"]:
+        assert check["tried"] and check["answered"] != "nothing"
+        assert check["witnesses"] != "not asked" or check["name"] == "inter-vm-ioas-id"
+    assert report["accelerator"] in ("kvm", "tcg")
+    assert report["verdict"] == "all checks held"
+    assert report["versions"]["kernel"]["hash"] == built_kernel.hash
+    assert {"series", "qemu", "images", "project"} <= set(report["versions"])
+    names = [phase["name"] for phase in report["phases"]]
+    assert names.index("boot the host VM") < names.index("boot 2 guests in it")
+    suite = ElementTree.parse(tmp_path / "report/junit.xml").getroot()
+    assert suite.get("tests") == str(len(CHECKS))
+    for vm in ("host", "g1", "g2"):
+        for log in ("console", "qmp", "agent", "qemu"):
+            assert (tmp_path / f"report/{vm}.{log}.log").exists(), f"{vm}.{log}"
+
+
+@pytest.fixture
+def mutant(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """Our series with one more patch on top, from tests/mutants."""
+    series = tmp_path / kernel.Spec().series.name
+    shutil.copytree(kernel.Spec().series, series)
+    patch = MUTANTS / f"{request.param}.patch"
+    shutil.copy(patch, series)
+    with open(series / "series", "a") as file:
+        file.write(f"{patch.name}\n")
+    return series
+
+
+@pytest.mark.parametrize("mutant", ["no-list-check"], indirect=True)
+def test_a_driver_without_its_list_leaks_and_is_caught(command: Command, mutant: Path) -> None:
+    ended = command("run", "--json", "--series", str(mutant))
+    assert ended.code == 1, ended.err
+    checks = {check["name"]: check for check in ended.json()["checks"]}
+    assert checks["intra-vm"]["verdict"] == "fail"
+    assert checks["inter-vm-use"]["verdict"] == "fail"
+    assert checks["registered-a"]["verdict"] == "pass"
+    leak = checks["intra-vm"]
+    assert "DONE" in leak["answered"] or "LEAK" in leak["witnesses"]
+
+
+@pytest.mark.parametrize("mutant", ["bug-in-submit"], indirect=True)
+def test_a_kernel_that_oopses_is_blamed(command: Command, mutant: Path) -> None:
+    ended = command("run", "--json", "--series", str(mutant))
+    assert ended.code == 5, ended.err
+    error = ended.json()["error"]
+    assert "kernel BUG at" in error["message"]
+    assert "pdma" in error["evidence"]
+
+
+def test_a_kernel_without_its_root_is_blamed(command: Command) -> None:
+    started = time.monotonic()
+    ended = command("run", "--json", "--append", "root=/dev/nonesuch")
+    assert ended.code == 5, ended.err
+    error = ended.json()["error"]
+    assert "host did not boot: panic" in error["message"]
+    assert "nonesuch" in error["evidence"] or "mount root" in error["evidence"]
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_ended_in_mid_boot(running: Any, number: signal.Signals, code: int, tmp_path: Path) -> None:
+    run = running("run", "--report", "report")
+    token = run.wait_for_qemu(60)
+    run.popen.send_signal(number)
+    assert run.popen.wait(20) == code
+    run.nothing_left(token)
+    if number != signal.SIGKILL:
+        report = json.loads((tmp_path / "report/report.json").read_text())
+        assert report["verdict"] == "interrupted"
+
+
+def test_killed_in_mid_scenario(running: Any) -> None:
+    run = running("run")
+    token = run.wait_for_qemu(60)
+    run.wait_for("the stage", 120)
+    run.popen.kill()
+    run.popen.wait(20)
+    run.nothing_left(token)
+
+
+@pytest.mark.parametrize("mutant", ["harmless"], indirect=True)
+def test_killed_in_mid_build(
+    running: Any, command: Command, mutant: Path, built_kernel: Kernel
+) -> None:
+    """The next build goes on; the kernel it makes is another than the one without the patch."""
+    # Never the same text twice: the cache must not have it.
+    patch = mutant / "harmless.patch"
+    patch.write_text(patch.read_text().replace("HARMLESS", f"harmless {time.time_ns()}"))
+    run = running("kernel", "build", "--series", str(mutant))
+    run.wait_for("compiling", 120)
+    (token,) = os.listdir(Path(run.environment["XDG_RUNTIME_DIR"]) / "qemu_ioasid")
+    assert ours(token)
+    run.popen.kill()
+    run.popen.wait(20)
+    run.nothing_left(token)
+    ended = command("kernel", "build", "--json", "--series", str(mutant))
+    assert ended.code == 0, ended.err
+    assert ended.json()["cached"] is False
+    again = command("kernel", "build", "--json", "--series", str(mutant))
+    assert again.json()["cached"] is True
+    assert again.json()["hash"] == ended.json()["hash"] != built_kernel.hash
