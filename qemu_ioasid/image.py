@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from qemu_ioasid.errors import ConfigurationError, InfrastructureError
 #: What the images hold is written here.
 RECIPES = Path(__file__).resolve().parent.parent / "guest-images"
 #: Changes with this file's way of making an image out of the same recipe.
-_VERSION = "1"
+_VERSION = "2"
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"
 _LOADER = f"{_LIBRARIES}/ld-linux-x86-64.so.2"
 _LISTS = ("packages", "keep", "drop", "libraries", "folders")
@@ -180,6 +179,7 @@ def _make(
     shutil.rmtree(tree, ignore_errors=True)
     _add(whole, root, deadline)
     _compile(whole, root, deadline)
+    _set_modes(root)
     disk = folder / f"{name}.erofs"
     erofs.pack(root, disk, deadline=deadline)
     manifest = {
@@ -246,11 +246,9 @@ def _dynamic(paths: Iterable[Path]) -> Iterable[Path]:
 def _needed(tree: Path, program: Path, deadline: Deadline) -> set[str]:
     """The file names of the shared libraries that *program* is linked with, all levels down."""
     loader = [str(tree / _LOADER), "--library-path", str(tree / _LIBRARIES), "--list"]
-    with process.spawn([*loader, str(program)], stdout=subprocess.PIPE) as child:
-        assert child.popen.stdout is not None
-        text = child.popen.stdout.read().decode()
-        # A static program has no list, and says so with an exit code.
-        child.wait(deadline)
+    # A static program has no list, and the loader says so with an exit code.
+    argv = ["sh", "-c", '"$@" || :', "sh", *loader, str(program)]
+    text = process.run(argv, deadline=deadline)
     found = set()
     for line in text.splitlines():
         library, arrow, where = line.strip().partition(" => ")
@@ -285,6 +283,13 @@ def _add(whole: dict[str, Any], root: Path, deadline: Deadline) -> None:
         link = applets.parent / applet
         if not link.exists() and not link.is_symlink():
             link.symlink_to(applets.name)
+
+
+def _set_modes(root: Path) -> None:
+    """Make what may be run or entered 0755 and the rest 0644, whatever the builder's umask was."""
+    for path in [root, *root.rglob("*")]:
+        if not path.is_symlink():
+            path.chmod(0o755 if path.stat().st_mode & 0o111 else 0o644)
 
 
 def _compile(whole: dict[str, Any], root: Path, deadline: Deadline) -> None:

@@ -71,7 +71,11 @@ def test_the_same_bytes_twice(
 ) -> None:
     first = _build("guest")
     monkeypatch.setenv("QEMU_IOASID_CACHE", str(tmp_path_factory.mktemp("elsewhere")))
-    second = _build("guest")
+    before = os.umask(0o077)
+    try:
+        second = _build("guest")
+    finally:
+        os.umask(before)
     assert not second.cached
     assert first.path.read_bytes() == second.path.read_bytes()
     assert first.hash == second.hash

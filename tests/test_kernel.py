@@ -259,6 +259,11 @@ def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         make.compiler(Deadline(9, "compiler"))
 
 
+def test_a_series_folder_has_a_version_for_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="named after its kernel"):
+        kernel.build(kernel.Spec(series=tmp_path), deadline=Deadline(9, "none"), progress=print)
+
+
 def test_every_fragment_says_why() -> None:
     for fragment in (kernel.PATCHES / "config").glob("*.config"):
         assert fragment.read_text().startswith("# "), fragment

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -105,8 +106,12 @@ def build(spec: Spec, *, deadline: Deadline, progress: Progress) -> Kernel:
     """
     if spec.profile not in ("default", _DEBUG):
         raise ConfigurationError(f"kernel profile {spec.profile}: there are default and {_DEBUG}")
-    recipe = _Recipe(spec, make.compiler(deadline))
     base = spec.series.name
+    if re.fullmatch(r"\d+\.\d+", base) is None:
+        raise ConfigurationError(
+            f"{spec.series}: a series folder is named after its kernel, 7.2 for example"
+        )
+    recipe = _Recipe(spec, make.compiler(deadline))
     known = None if spec.update else source.remembered(base)
     if known is not None:
         return recipe.get(known, deadline, progress)

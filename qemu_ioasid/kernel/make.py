@@ -34,6 +34,8 @@ _FIXED = {
     "KBUILD_BUILD_HOST": "qemu-ioasid",
     "KBUILD_BUILD_VERSION": "1",
     "LC_ALL": "C",
+    # ccache then asks the compiler for the dependencies: a miss costs no second preprocessing.
+    "CCACHE_DEPEND": "1",
 }
 # Make takes these from the environment; another project's must not steer our build.
 _FOREIGN = ("MAKEFLAGS", "MFLAGS", "ARCH", "CROSS_COMPILE", "KCFLAGS", "KAFLAGS", "LLVM", "W")
@@ -45,14 +47,15 @@ Progress = Callable[[str], None]
 
 
 def compiler(deadline: Deadline) -> str:
-    """The compiler's name and version; raises RequirementError naming every missing tool."""
+    """Compiler and linker with their versions; raises RequirementError naming what is missing."""
     missing = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
     if not _has_libelf():
         # objtool, which every x86-64 build runs, is compiled against it.
         missing.append("libelf-dev")
     if missing:
         raise RequirementError(f"building the kernel needs: install {' '.join(missing)}")
-    return process.run(["gcc", "--version"], deadline=deadline).splitlines()[0]
+    said = [process.run([tool, "--version"], deadline=deadline) for tool in ("gcc", "ld")]
+    return "; ".join(text.splitlines()[0] for text in said)
 
 
 def _has_libelf() -> bool:

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from qemu_ioasid.agent import kernellist, tracing
+from qemu_ioasid.agent import deadline, kernellist, tracing
 from qemu_ioasid.agent.deadline import wait_for
 from qemu_ioasid.agent.descriptor import Descriptor
 from qemu_ioasid.agent.watch import JOIN, PAGE, Watch, differing, digest
@@ -162,6 +162,13 @@ def test_a_descriptor_closes_when_its_last_user_is_done() -> None:
 def test_a_wait_names_what_it_waited_for() -> None:
     with pytest.raises(TimeoutError, match=r"the moon: not within 0\.01 s"):
         wait_for("the moon", 0.01, lambda: None)
+    event = threading.Event()
+    threading.Timer(0.02, event.set).start()
+    assert wait_for("an event", 20, lambda: event.is_set() or None) is True
+
+
+def test_a_wait_still_works_when_it_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadline, "YIELDING", 0.0)
     event = threading.Event()
     threading.Timer(0.02, event.set).start()
     assert wait_for("an event", 20, lambda: event.is_set() or None) is True
