@@ -15,6 +15,7 @@ import functools
 import io
 import json
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -151,7 +152,7 @@ class Agent:
 
     def _write_log(self, direction: str, line: str) -> None:
         with open(self._log, "a") as file:
-            file.write(f"{direction} {line}\n")
+            file.write(f"{time.time():.3f} {direction} {line}\n")
 
     def _take(self, line: str) -> None:
         with self._lock:

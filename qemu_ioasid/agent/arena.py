@@ -79,15 +79,6 @@ class Arena:
         self._check(offset, length)
         return self.memory[offset : offset + length]
 
-    def fill(self, seed: int | str, offset: int, length: int) -> bytes:
-        """Writes shake_128(str(seed)) to the range, and returns it."""
-        import hashlib
-
-        self._check(offset, length)
-        data = hashlib.shake_128(str(seed).encode()).digest(length)
-        self.memory[offset : offset + length] = data
-        return data
-
     def va(self, offset: int, length: int) -> int:
         """The virtual address of a range. Raises ValueError outside the arena."""
         self._check(offset, length)

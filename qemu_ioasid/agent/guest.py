@@ -92,12 +92,9 @@ class Guest:
         """Fresh random bytes at offset 0."""
         return {"hex": self._memory().nonce().hex()}
 
-    def fill(self, seed: int | str, offset: int = 0, length: int | None = None) -> Json:
-        """Deterministic bytes, by default all over the arena."""
-        from qemu_ioasid.agent.watch import digest
-
-        size = SIZE - offset if length is None else length
-        return {"blake2b": digest(self._memory().fill(seed, offset, size))}
+    def fill(self) -> None:
+        """Random bytes all over the arena: none equals what a copy may put in its place."""
+        self._memory().write(0, os.urandom(SIZE))
 
     def write(self, offset: int, hex: str) -> None:
         """Writes bytes to the arena."""
@@ -108,11 +105,12 @@ class Guest:
         return {"hex": self._memory().read(offset, length).hex()}
 
     def watch(self) -> Json:
-        """Takes a snapshot of the arena."""
-        from qemu_ioasid.agent.watch import Watch, digest
+        """Writes a fresh nonce and takes a snapshot of the arena."""
+        from qemu_ioasid.agent.watch import Watch
 
+        nonce = self._memory().nonce()
         self._watch = Watch(self._memory().memory, 0, SIZE)
-        return {"blake2b": digest(self._watch.snapshot)}
+        return {"nonce": nonce.hex()}
 
     def changes(self, expect: list[Json] | None = None, update: bool = True) -> Json:
         """What changed in the arena since the snapshot."""

@@ -351,13 +351,14 @@ class Host:
     # --- witnesses ----------------------------------------------------------------------
 
     def watch(self, guest: str, gpa: int, length: int) -> Json:
-        """Takes a snapshot of a range of a guest's RAM."""
-        from qemu_ioasid.agent.watch import Watch, digest
+        """Takes a snapshot of a range of a guest's RAM; answers with its first bytes."""
+        from qemu_ioasid.agent.arena import NONCE
+        from qemu_ioasid.agent.watch import Watch
 
         taken = Watch(self._guest(guest).memory, gpa, length)
         with self._lock:
             self._watches[guest] = taken
-        return {"blake2b": digest(taken.snapshot)}
+        return {"nonce": taken.snapshot[:NONCE].hex()}
 
     def changes(self, guest: str, expect: list[Json] | None = None, update: bool = True) -> Json:
         """What changed in the watched range since the snapshot."""

@@ -37,3 +37,8 @@ def mount(source: str, target: str, filesystem: str) -> None:
 def address_of(memory: object) -> int:
     """The virtual address of a writable buffer (an mmap), valid while that stays open."""
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))  # type: ignore[arg-type]
+
+
+def same_bytes(memory: object, offset: int, data: bytes) -> bool:
+    """Whether data is what a writable buffer holds at offset, which must be inside it."""
+    return not _libc.memcmp(ctypes.c_void_p(address_of(memory) + offset), data, len(data))

@@ -41,7 +41,7 @@ _FIXED = {
 _FOREIGN = ("MAKEFLAGS", "MFLAGS", "ARCH", "CROSS_COMPILE", "KCFLAGS", "KAFLAGS", "LLVM", "W")
 _STEP = re.compile(r"^  (CC|AS|LD|AR|HOSTCC)\s")
 #: Steps a whole build of the default profile takes, for a first build's percentage.
-_USUAL_STEPS = 1900
+_USUAL_STEPS = 1700
 
 Progress = Callable[[str], None]
 
@@ -87,6 +87,7 @@ class Build:
 
         Raises ConfigurationError naming each option that did not come out as asked.
         """
+        (self.out / "build.log").unlink(missing_ok=True)
         wanted = self.out / "asked.config"
         wanted.write_text("".join(f"{option.name}={option.value}\n" for option in asked))
         self._make([f"KCONFIG_ALLCONFIG={wanted}", "allnoconfig"], deadline)

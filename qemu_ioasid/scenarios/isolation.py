@@ -19,7 +19,7 @@ from qemu_ioasid.machine import GUEST_FOLDER, Machine, device_address
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Binding, Descriptor, Guest, Rig, copy
 from qemu_ioasid.scenarios.checks import Checks, Trial
-from qemu_ioasid.scenarios.witness import NONCE, Witnesses, moved
+from qemu_ioasid.scenarios.witness import Witnesses, moved
 
 #: Every range bound in an arena is one slot: a copy's source at its start, its target past HALF.
 SLOT = 0x10000
@@ -95,7 +95,7 @@ class Isolation:
     def prepare(self) -> None:
         """Give every byte of every arena a value of its own, and start the kernel's witness."""
         for guest in self.rig.guests.values():
-            guest.agent.call("fill", seed=f"arena of {guest.name}")
+            guest.agent.call("fill")
         self.rig.host.agent.call("trace_start")
 
     # The stage
@@ -125,10 +125,11 @@ class Isolation:
     def _same_bytes(self, guest: Guest, trial: Trial) -> None:
         deadline = Deadline(20, f"pmemsave in {guest.name}")
         nonce = guest.agent.call("nonce")["hex"]
+        length = len(nonce) // 2
         path = f"{GUEST_FOLDER}/{guest.name}.pmem"
-        guest.machine.qmp.execute("pmemsave", deadline, val=guest.gpa, size=NONCE, filename=path)
+        guest.machine.qmp.execute("pmemsave", deadline, val=guest.gpa, size=length, filename=path)
         saved = self.rig.host.ssh.get(path, deadline).hex()
-        in_file = self.rig.host.agent.call("read", guest=guest.name, gpa=guest.gpa, length=NONCE)[
+        in_file = self.rig.host.agent.call("read", guest=guest.name, gpa=guest.gpa, length=length)[
             "hex"
         ]
         trial.answer(f"guest-physical {guest.gpa:#x}")

@@ -19,9 +19,6 @@ from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.rig import Guest, Rig
 from qemu_ioasid.scenarios.checks import Trial
 
-#: Bytes of a nonce, at the start of each arena.
-NONCE = 16
-
 #: What a change may be: *length* bytes at *offset* of the arena, copied from *source* of it.
 Expected = dict[str, Any]
 
@@ -71,28 +68,24 @@ class Witnesses:
         return {name: each.result(deadline) for name, each in pending.items()}
 
     def _before(self, trial: Trial) -> None:
-        nonces = self._all({g.name: g.agent.start("nonce") for g in self._alive()}, "nonces")
-        found = self._all(
-            {
-                g.name: self._host.start("read", guest=g.name, gpa=g.gpa, length=NONCE)
-                for g in self._alive()
-            },
-            "nonces in the RAM files",
+        inside = self._all(
+            {guest.name: guest.agent.start("watch") for guest in self._alive()},
+            "snapshots in the guests",
         )
-        for name, nonce in nonces.items():
-            trial.require(
-                found[name]["hex"] == nonce["hex"],
-                f"{name}: its nonce is not in its RAM file: the witnesses mean different bytes",
-            )
-        watches = {f"{g.name}": g.agent.start("watch") for g in self._alive()}
-        self._all(watches, "snapshots in the guests")
-        self._all(
+        outside = self._all(
             {
-                g.name: self._host.start("watch", guest=g.name, gpa=g.gpa, length=g.size)
-                for g in self._rig.guests.values()
+                guest.name: self._host.start(
+                    "watch", guest=guest.name, gpa=guest.gpa, length=guest.size
+                )
+                for guest in self._rig.guests.values()
             },
             "snapshots of the RAM files",
         )
+        for name, snapshot in inside.items():
+            trial.require(
+                outside[name]["nonce"] == snapshot["nonce"],
+                f"{name}: its nonce is not in its RAM file: the witnesses mean different bytes",
+            )
         self._host.call("trace_clear")
 
     def _after(
@@ -103,7 +96,6 @@ class Witnesses:
         within: tuple[int, int] | None,
         accesses: bool | None,
     ) -> None:
-        made = self._host.call("trace_read")
         pending: dict[str, Pending] = {}
         for guest in self._rig.guests.values():
             expected = [expect] if expect is not None and guest.name == target else []
@@ -112,7 +104,10 @@ class Witnesses:
             )
             if guest.name not in self._gone:
                 pending[f"{guest.name} from inside"] = guest.agent.start("changes", expect=expected)
-        for name, seen in self._all(pending, "comparison of the arenas").items():
+        trace = self._host.start("trace_read")
+        views = self._all(pending, "comparison of the arenas")
+        made = trace.result(Deadline(30, "the kernel's accesses"))
+        for name, seen in views.items():
             mine = name.split()[0] == target
             stray = [
                 each
