@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
 import pytest
+
+from qemu_ioasid.kernel import Kernel
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 30.0
@@ -97,9 +98,6 @@ class AgentProcess:
 
 
 @pytest.fixture(scope="session")
-def uapi_headers() -> Iterator[Path]:
+def uapi_headers(built_kernel: Kernel) -> Path:
     """The kernel's user API headers, as headers_install leaves them, with pdma.h."""
-    folder = os.environ.get("QEMU_IOASID_UAPI_HEADERS")
-    if not folder:
-        pytest.skip("QEMU_IOASID_UAPI_HEADERS names no headers")
-    yield Path(folder)
+    return built_kernel.headers / "include"
