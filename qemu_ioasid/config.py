@@ -167,8 +167,8 @@ def _check(rig: RigConfig) -> None:
             if mdev in owner:
                 raise ConfigurationError(f"{where}.mdevs: {mdev} is guest {owner[mdev]}'s already")
             owner[mdev] = name
-        if not MIN_GUEST_MEMORY <= guest.memory <= MAX_GUEST_MEMORY:
-            raise ConfigurationError(f"{where}.memory: must be from 96M to 2G")
+        if not MIN_GUEST_MEMORY <= guest.memory <= MAX_GUEST_MEMORY or guest.memory % (2 * MIB):
+            raise ConfigurationError(f"{where}.memory: must be from 96M to 2G, and even")
         _check_cpus(guest.cpus, where)
         viommu.check(guest.viommu, f"{where}.viommu", assigned=bool(guest.mdevs))
     _check_cpus(rig.host.cpus, f"{rig.path}: host")

@@ -13,7 +13,7 @@ import shlex
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,9 @@ COMMAND_LINE = (
 )
 
 _FW_CFG = "opt/org.qemu_ioasid"
+#: A guest's arena, and what its RAM is made of in the host VM.
+HUGE_PAGE = 2 << 20
+
 #: Where the parts of a rig's guests are, inside the host VM.
 GUEST_DISK = "/run/disk/guest"
 GUEST_KERNEL = "/boot/vmlinuz"
@@ -175,16 +178,23 @@ class _Ends:
 
 
 def _host_argv(
-    parts: HostParts, config: HostConfig, folder: Path, guests: list[str], ends: _Ends
+    parts: HostParts,
+    config: HostConfig,
+    folder: Path,
+    guests: Mapping[str, GuestConfig],
+    ends: _Ends,
 ) -> list[str]:
     kvm = parts.accelerator == "kvm"
+    # The guests' RAM is huge pages: nested paging under TCG walks every level it can save.
+    pages = sum(guest.memory for guest in guests.values()) // HUGE_PAGE
+    append = f"hugepages={pages} kvm_amd.nested=0 {parts.append}"
     argv = [
         *parts.qemu.argv,
         *(("-accel", "kvm") if kvm else ("-accel", "tcg,thread=multi")),
         *("-cpu", "host" if kvm else "max,+svm"),
         *("-machine", "q35,kernel-irqchip=split" if kvm else "q35"),
         *("-m", f"{config.memory >> 20}M"),
-        *("-kernel", str(parts.kernel), "-append", f"{COMMAND_LINE} {parts.append}".strip()),
+        *("-kernel", str(parts.kernel), "-append", f"{COMMAND_LINE} {append}".strip()),
         *ends.chardev("console"),
         *ends.chardev("qmp"),
         *ends.chardev("ssh"),
@@ -219,7 +229,11 @@ class HostMachine(Machine):
 
 @contextlib.contextmanager
 def boot_host(
-    parts: HostParts, config: HostConfig, guests: list[str], keys: Keys, logs: Path
+    parts: HostParts,
+    config: HostConfig,
+    guests: Mapping[str, GuestConfig],
+    keys: Keys,
+    logs: Path,
 ) -> Iterator[HostMachine]:
     """Boot the host VM to its agent's first reply; it ends with the block.
 
@@ -352,6 +366,7 @@ def boot_guest(
             name=name,
             argv=argv,
             memory=int(config.memory),
+            huge=True,
             devices={mdev: mdevs[mdev] for mdev in config.mdevs},
             sockets=["qmp", "ssh"],
         )

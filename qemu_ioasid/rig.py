@@ -199,7 +199,7 @@ def boot(
     with contextlib.ExitStack() as stack:
         with phase("boot the host VM"):
             host = stack.enter_context(
-                boot_host(parts, config.host, list(config.guests), make_keys(client_key), logs)
+                boot_host(parts, config.host, config.guests, make_keys(client_key), logs)
             )
         _check_features(host)
         rig = Rig(config, host)

@@ -48,7 +48,10 @@ def test_default_rig_suits_the_default_scenario() -> None:
         ("[guest.G1]", "rig.toml: guest.G1: a name is"),
         ("[guest.g1]\nmdevs = 'a'", "rig.toml: guest.g1.mdevs: must be a list of strings"),
         ("[guest.g1]\nmdevs = ['a']", "rig.toml: guest.g1.mdevs: no mdev a in this file"),
-        ('[guest.g1]\nmemory = "4G"', "rig.toml: guest.g1.memory: must be from 96M to 2G"),
+        (
+            '[guest.g1]\nmemory = "4G"',
+            "rig.toml: guest.g1.memory: must be from 96M to 2G, and even",
+        ),
         (
             "[mdev.a]\n[guest.g1]\nmdevs = ['a']\n[guest.g1.viommu]\ncaching-mode = true\n"
             "[guest.g2]\nmdevs = ['a']",

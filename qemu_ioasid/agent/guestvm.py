@@ -70,9 +70,17 @@ class GuestVm:
     """
 
     def __init__(
-        self, name: str, memory_size: int, iommufd: Iommufd, devices: Mapping[str, VfioDevice]
+        self,
+        name: str,
+        memory_size: int,
+        huge: bool,
+        iommufd: Iommufd,
+        devices: Mapping[str, VfioDevice],
     ) -> None:
-        """Takes over iommufd and devices on success. memory_size in bytes. Raises OSError."""
+        """Takes over iommufd and devices on success. memory_size in bytes; huge: in 2 MiB pages.
+
+        Raises OSError (ENOMEM: the kernel has not as many huge pages).
+        """
         self.name = name
         self.memory_size = memory_size
         self.iommufd = iommufd
@@ -83,7 +91,8 @@ class GuestVm:
         self._gone = threading.Event()
         self._gone.set()
         with ExitStack() as stack:
-            self.memory_fd = os.memfd_create(f"ram-{name}", os.MFD_CLOEXEC)
+            flags = os.MFD_CLOEXEC | (os.MFD_HUGETLB | os.MFD_HUGE_2MB if huge else 0)
+            self.memory_fd = os.memfd_create(f"ram-{name}", flags)
             stack.callback(os.close, self.memory_fd)
             os.ftruncate(self.memory_fd, memory_size)
             self.memory = stack.enter_context(mmap.mmap(self.memory_fd, memory_size))

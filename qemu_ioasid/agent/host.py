@@ -173,7 +173,13 @@ class Host:
     # --- guests -------------------------------------------------------------------------
 
     def guest_start(
-        self, name: str, argv: list[str], memory: int, devices: dict[str, str], sockets: list[str]
+        self,
+        name: str,
+        argv: list[str],
+        memory: int,
+        devices: dict[str, str],
+        sockets: list[str],
+        huge: bool = False,
     ) -> Json:
         """Starts a guest's QEMU with every fd it needs."""
         from qemu_ioasid.agent.spawn import Spawner
@@ -190,7 +196,7 @@ class Host:
                 device = VfioDevice.open(label, f"{MDEV_DEVICES}/{uuid}", iommufd)
                 opened[label] = stack.enter_context(device)
                 self._uuids[label] = uuid
-            guest = GuestVm(name, memory, iommufd, opened)
+            guest = GuestVm(name, memory, huge, iommufd, opened)
             stack.callback(guest.forget)
             with self._lock:
                 self._guests[name] = guest

@@ -56,7 +56,7 @@ class Parts:
         self.iommufd_end, iommufd = os.pipe()
         space = Iommufd(Descriptor(iommufd, "g1"))
         self.guest = GuestVm(
-            "g1", 1 << 20, space, {"a": VfioDevice(Descriptor(device, "a"), "vfio0", space)}
+            "g1", 1 << 20, False, space, {"a": VfioDevice(Descriptor(device, "a"), "vfio0", space)}
         )
         self.exits: list[tuple[int | None, bool, bool]] = []
 
