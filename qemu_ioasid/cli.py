@@ -82,6 +82,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     common.add_argument("--json", action="store_true", help="print JSON on standard output, alone")
 
+    _add_run(commands, common)
+    build = commands.add_parser("kernel", help="build kernels and list them")
+    actions = build.add_subparsers(dest="action", required=True, metavar="ACTION")
+    making = actions.add_parser("build", parents=[common], help="build, or say what is built")
+    making.add_argument(
+        "--update", action="store_true", help="ask the archive for a newer source package"
+    )
+    making.set_defaults(handler=_kernel_build)
+    actions.add_parser("list", parents=[common], help="what is built").set_defaults(
+        handler=_kernel_list
+    )
+
+    images = commands.add_parser("image", help="build the VM images")
+    actions = images.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("build", parents=[common], help="build, or say what is built").set_defaults(
+        handler=_image_build
+    )
+    return parser
+
+
+def _add_run(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    common: argparse.ArgumentParser,
+) -> None:
     run = commands.add_parser("run", parents=[common], help="boot a rig and run a scenario on it")
     run.add_argument(
         "scenario", nargs="?", default="isolation", help=f"one of: {', '.join(SCENARIOS)}"
@@ -103,24 +127,6 @@ def _parser() -> argparse.ArgumentParser:
         "--append", default="", metavar="ARGS", help="more for the host VM's kernel command line"
     )
     run.set_defaults(handler=_run)
-
-    build = commands.add_parser("kernel", help="build kernels and list them")
-    actions = build.add_subparsers(dest="action", required=True, metavar="ACTION")
-    making = actions.add_parser("build", parents=[common], help="build, or say what is built")
-    making.add_argument(
-        "--update", action="store_true", help="ask the archive for a newer source package"
-    )
-    making.set_defaults(handler=_kernel_build)
-    actions.add_parser("list", parents=[common], help="what is built").set_defaults(
-        handler=_kernel_list
-    )
-
-    images = commands.add_parser("image", help="build the VM images")
-    actions = images.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("build", parents=[common], help="build, or say what is built").set_defaults(
-        handler=_image_build
-    )
-    return parser
 
 
 def _spec(arguments: argparse.Namespace) -> kernel.Spec:
