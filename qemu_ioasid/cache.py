@@ -27,6 +27,9 @@ _NO_PLACE = (
 )
 
 
+_ADVICE = "make room, or set QEMU_IOASID_CACHE to another folder"
+
+
 def root() -> Path:
     """``QEMU_IOASID_CACHE``, else ``qemu_ioasid`` below the user's cache folder; it is made."""
     own = os.environ.get("QEMU_IOASID_CACHE")
@@ -49,21 +52,18 @@ def digest(*parts: str | bytes) -> str:
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explained(path: Path, advice: str = _ADVICE) -> Iterator[None]:
     """Turn what a full or read-only disk answers into a RequirementError that names *path*."""
     try:
         yield
     except OSError as error:
         if error.errno in _NO_PLACE:
-            raise _no_place(error, path) from None
+            raise _no_place(error, path, advice) from None
         raise
 
 
-def _no_place(error: OSError, path: Path) -> RequirementError:
-    return RequirementError(
-        f"{error.filename or path}: {error.strerror}; "
-        "make room, or set QEMU_IOASID_CACHE to another folder"
-    )
+def _no_place(error: OSError, path: Path, advice: str = _ADVICE) -> RequirementError:
+    return RequirementError(f"{error.filename or path}: {error.strerror}; {advice}")
 
 
 @contextlib.contextmanager

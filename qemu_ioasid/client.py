@@ -23,8 +23,8 @@ from typing import Any
 
 from qemu_ioasid import cache
 from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.errors import AgentError, CallFailed, ConnectionLost
-from qemu_ioasid.ssh import Ssh
+from qemu_ioasid.errors import AgentError, CallFailed, ConnectionLost, DeadlineExceeded
+from qemu_ioasid.ssh import Ssh, bounded
 
 # -I -S: nothing but the standard library and the archive is ever imported.
 _BOOTSTRAP = """
@@ -42,7 +42,7 @@ main("{role}")
 """
 
 #: What an operation may take that says nothing else, in seconds of the reference machine.
-CALL_SECONDS = 30.0
+CALL_SECONDS = 45.0
 
 
 @functools.cache
@@ -79,9 +79,9 @@ class Pending:
         self._answer = answer
         self._done.set()
 
-    def done(self) -> bool:
-        """Whether the answer is here."""
-        return self._done.is_set()
+    def ends_within(self, seconds: float) -> bool:
+        """Whether the answer is here, or comes within *seconds*."""
+        return self._done.wait(seconds)
 
     def result(self, deadline: Deadline) -> Any:
         """The operation's value.
@@ -115,6 +115,7 @@ class Agent:
         self._send = send
         self._log = log
         self._lock = threading.Lock()
+        self._log_lock = threading.Lock()
         self._pending: dict[int, Pending] = {}
         self._next = 0
         self._lost = False
@@ -144,7 +145,13 @@ class Agent:
     def call(self, op: str, *, deadline: Deadline | None = None, **args: Any) -> Any:
         """Run an operation and return its value; raises as `Pending.result`."""
         deadline = deadline or Deadline(CALL_SECONDS, f"answer of {self.name} to {op}")
-        return self.start(op, **args).result(deadline)
+        try:
+            return self.start(op, **args).result(deadline)
+        except DeadlineExceeded as error:
+            # Each operation has a thread of its own: an agent that still answers is not to blame
+            # for a call that does not return, the kernel is.
+            self.start("hello").result(Deadline(10, f"any answer of {self.name}"))
+            raise CallFailed(f"{self.name}: {error.message}", errno.ETIMEDOUT) from None
 
     def wait_ready(self, deadline: Deadline) -> None:
         """Return when the agent has said that it runs."""
@@ -154,12 +161,11 @@ class Agent:
             raise ConnectionLost(f"{self.name}: the agent did not start")
 
     def _write_log(self, direction: str, line: str) -> None:
-        with open(self._log, "a") as file:
+        with self._log_lock, open(self._log, "a") as file:
             file.write(f"{time.time():.3f} {direction} {line}\n")
 
     def _take(self, line: str) -> None:
-        with self._lock:
-            self._write_log("<", line)
+        self._write_log("<", line)
         message = json.loads(line)
         if "event" in message:
             if message["event"] == "ready":
@@ -167,8 +173,9 @@ class Agent:
             self._on_event(message)
             return
         with self._lock:
-            pending = self._pending.pop(message["id"])
-        pending._finish(message)
+            pending = self._pending.pop(message["id"], None)
+        if pending is not None:
+            pending._finish(message)
 
     def _lose(self) -> None:
         with self._lock:
@@ -181,12 +188,14 @@ class Agent:
 
 def _read(agent: Agent, recv: Callable[[int], bytes]) -> None:
     rest = b""
-    with contextlib.suppress(OSError):
-        while data := recv(65536):
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                agent._take(line.decode())
-    agent._lose()
+    try:
+        with contextlib.suppress(OSError):
+            while data := recv(65536):
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    agent._take(line.decode())
+    finally:
+        agent._lose()
 
 
 def _compiled_path(image: str) -> Path:
@@ -227,9 +236,8 @@ def start(
     def errors() -> None:
         with contextlib.suppress(OSError):
             while data := channel.recv_stderr(65536):
-                with agent._lock:
-                    for line in data.decode(errors="replace").splitlines():
-                        agent._write_log("!", line)
+                for line in data.decode(errors="replace").splitlines():
+                    agent._write_log("!", line)
 
     threads = [
         threading.Thread(target=_read, args=(agent, channel.recv), daemon=True),
@@ -238,7 +246,11 @@ def start(
     try:
         for thread in threads:
             thread.start()
-        channel.sendall(code)
+        try:
+            with bounded(channel, deadline):
+                channel.sendall(code)
+        except OSError:
+            raise ConnectionLost(f"{name}: the agent did not start") from None
         agent.wait_ready(deadline)
         if not known:
             _keep_compiled(agent, image, deadline)

@@ -22,6 +22,8 @@ MAX_GUEST_MEMORY = 2048 * MIB
 #: What the host VM needs beside its guests' memory.
 HOST_OVERHEAD = 256 * MIB
 MIN_GUEST_MEMORY = 96 * MIB
+#: PCI slots 0x10 to 0x1e: q35 has its own devices below and above.
+MAX_MDEVS = 15
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,14}\Z")
 _SIZE = re.compile(r"([1-9][0-9]*)([MG])\Z")
@@ -48,9 +50,7 @@ class HostConfig:
 
 @dataclass(frozen=True)
 class MdevConfig:
-    """One mediated device on the parent ``pdma``."""
-
-    type: str = "pdma-1"
+    """One mediated device on the parent ``pdma``; it has no options yet."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,10 @@ def _check(rig: RigConfig) -> None:
     owner: dict[str, str] = {}
     for name, guest in rig.guests.items():
         where = f"{rig.path}: guest.{name}"
+        if name == "host":
+            raise ConfigurationError(f"{where}: host is the host VM's name")
+        if len(guest.mdevs) > MAX_MDEVS:
+            raise ConfigurationError(f"{where}.mdevs: at most {MAX_MDEVS} fit on its PCI bus")
         for mdev in guest.mdevs:
             if mdev not in rig.mdevs:
                 raise ConfigurationError(f"{where}.mdevs: no mdev {mdev} in this file")

@@ -7,6 +7,7 @@ import contextlib
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,27 +26,23 @@ REPORTS = (
     (
         "lockdep",
         re.compile(
-            r"WARNING: (possible circular locking|possible recursive locking|inconsistent lock"
-            r"|suspicious RCU|bad unlock balance|possible irq lock inversion|nested lock|lock held"
-            r"|.*still has locks held|.*held lock freed)|INFO: trying to register non-static key"
+            r"WARNING: (possible |inconsistent lock|suspicious RCU|bad unlock|bad contention"
+            r"|[Nn]ested lock|lock held|chain_key|.*lock order detected|.*still has locks held"
+            r"|.*held lock freed)|INFO: trying to register non-static key"
         ),
     ),
-    (
-        "BUG",
-        re.compile(
-            r"kernel BUG at|BUG: (unable to handle|scheduling while|sleeping function|[A-Z])"
-        ),
-    ),
-    ("BUG", re.compile(r"\bBUG: ")),
-    ("WARNING", re.compile(r"WARNING: (CPU: \d|.*/.*:\d)")),
+    ("BUG", re.compile(r"kernel BUG at|\bBUG: ")),
+    # At the start of a message only: "Spectre V2 : WARNING: ..." is advice.
+    ("WARNING", re.compile(r"^(\[[^\]]*\] ?)*WARNING: ")),
     ("oops", re.compile(r"Oops: |general protection fault|double fault:|invalid opcode:")),
     ("panic", re.compile(r"Kernel panic - not syncing")),
-    ("leak", re.compile(r"kmemleak: \d+ new suspected")),
 )
 
-#: How much of the console goes with an error.
+#: How many lines of the console go with an error.
 EXCERPT = 40
-#: What a report's own text may take to arrive after its first line, in lines.
+#: A report is whole when the console has been silent for this long, in seconds.
+SILENCE = 0.3
+
 _ESCAPE = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|[c78])")
 
 
@@ -89,16 +86,26 @@ class Console:
 
     def _pump(self, stream: socket.socket) -> None:
         rest = b""
-        with open(self.path, "ab", buffering=0) as file:
-            with contextlib.suppress(OSError):
-                while data := stream.recv(65536):
-                    file.write(data)
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                while data := self._receive(stream):
+                    # A full disk must not stop the reading: the VM would block on its console.
+                    with contextlib.suppress(OSError):
+                        file.write(data)
                     *lines, rest = (rest + data).split(b"\n")
                     for line in lines:
                         self._take(line.decode(errors="replace"))
+        finally:
             if rest:
                 self._take(rest.decode(errors="replace"))
-        self._ended.set()
+            self._ended.set()
+
+    @staticmethod
+    def _receive(stream: socket.socket) -> bytes:
+        try:
+            return stream.recv(65536)
+        except OSError:
+            return b""
 
     @property
     def reports(self) -> list[Report]:
@@ -120,10 +127,19 @@ class Console:
         """Raise KernelBroke for the first report past the *seen* first ones."""
         reports = self.reports[seen:]
         if reports:
+            self._settle()
             first = reports[0]
             raise KernelBroke(
                 f"{self.name}: {first.kind}: {first.text}", evidence=self.excerpt(first)
             )
+
+    def _settle(self, seconds: float = 3.0) -> None:
+        """Let the rest of a report arrive: until silence, the end, or *seconds* have passed."""
+        end = time.monotonic() + seconds
+        lines = -1
+        while lines != (lines := len(self._lines)) and time.monotonic() < end:
+            if self._ended.wait(SILENCE):
+                return
 
     def wait_end(self, seconds: float) -> bool:
         """Wait for the VM's end of the console to close: a dead VM's last words are in then."""

@@ -41,8 +41,7 @@ def calibration() -> float:
 class Deadline:
     """A moment by which *what* must have happened.
 
-    *seconds* are of the reference machine; `calibration` stretches them. A
-    deadline made by `within` never outlives the one it came from.
+    *seconds* are of the reference machine; `calibration` stretches them.
     """
 
     def __init__(self, seconds: float, what: str) -> None:
@@ -50,14 +49,6 @@ class Deadline:
         self.seconds = seconds * calibration()
         self._start = time.monotonic()
         self._end = self._start + self.seconds
-
-    def within(self, seconds: float, what: str) -> Deadline:
-        """A part of this budget: *seconds* for *what*, or what is left if that is less."""
-        part = Deadline(seconds, what)
-        if part._end > self._end:
-            part._end = self._end
-            part.what = f"{what} (within {self.what})"
-        return part
 
     def remaining(self) -> float:
         """Seconds left; raises DeadlineExceeded when there are none."""

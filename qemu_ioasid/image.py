@@ -151,14 +151,6 @@ def private_qemu(*, deadline: Deadline, progress: Progress, recipes: Path = RECI
     return Qemu(argv, env, match.group(1))
 
 
-def dropbear_host_key(seed: bytes, public: bytes) -> bytes:
-    """An ed25519 host key as dropbear reads it, from the raw 32-byte seed and public key."""
-    if len(seed) != 32 or len(public) != 32:
-        raise ValueError("an ed25519 seed and public key have 32 bytes each")
-    fields = (b"ssh-ed25519", seed + public)
-    return b"".join(len(field).to_bytes(4, "big") + field for field in fields)
-
-
 def in_root(root: Path, program: str) -> tuple[str, ...]:
     """The words that run *program* of an extracted *root* with its own C library."""
     libraries = str(root / _LIBRARIES)

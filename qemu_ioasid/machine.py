@@ -25,10 +25,12 @@ from qemu_ioasid.console import Console
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import (
     BootError,
+    CallFailed,
     ConnectionLost,
     DeadlineExceeded,
     InfrastructureError,
-    KernelError,
+    KernelBroke,
+    RigError,
 )
 from qemu_ioasid.process import Child, current_run, spawn
 from qemu_ioasid.qemu import Qemu
@@ -100,25 +102,31 @@ def make_keys(client_key: KeyPair) -> Keys:
     return Keys(host=ssh.generate(), client=client_key)
 
 
+#: A QEMU's exit code (None while it runs) and what it wrote to standard error.
+Ending = tuple[int | None, str]
+
+
 @contextlib.contextmanager
-def blamed(name: str, log: Console, stderr: Callable[[], str]) -> Iterator[None]:
+def blamed(name: str, log: Console, ending: Callable[[], Ending]) -> Iterator[None]:
     """Turn a lost connection or a missed deadline while *name* boots into its true cause."""
     try:
         yield
     except (ConnectionLost, DeadlineExceeded) as error:
         # A VM that died has closed its console; one that hangs has said all it will.
         log.wait_end(1.0)
-        said = stderr().strip()
-        tail = log.tail()
-        if not tail.strip() and said:
-            raise InfrastructureError(
-                f"{name}: QEMU: {said.splitlines()[-1]}", evidence=said
-            ) from error
+        code, said = ending()
         reports = log.reports
+        evidence = f"{log.tail() or '(nothing on the console)'}\n{said}".strip()
+        if code and not reports:
+            raise _qemu_died(name, code, said, evidence) from error
         what = f"{reports[0].kind}: {reports[0].text}" if reports else error.message
-        raise BootError(
-            f"{name} did not boot: {what}", evidence=tail or "(nothing on the console)"
-        ) from error
+        raise BootError(f"{name} did not boot: {what}", evidence=evidence) from error
+
+
+def _qemu_died(name: str, code: int, said: str, evidence: str) -> InfrastructureError:
+    last = said.strip().splitlines()[-1:] or ["it wrote nothing"]
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return InfrastructureError(f"{name}: QEMU ended with {how}: {last[0]}", evidence=evidence)
 
 
 def _common(name: str, viommu: str, cpus: int) -> list[str]:
@@ -210,6 +218,22 @@ def _host_argv(
     return argv
 
 
+def _consoles(
+    stack: contextlib.ExitStack, ends: _Ends, names: list[str], logs: Path
+) -> dict[str, Console]:
+    """A console per VM, on *stack* before QEMU is: what a dying VM still says is read."""
+    return {
+        name: stack.enter_context(
+            console.attach(
+                ends.ours["console" if name == "host" else f"console.{name}"],
+                name,
+                logs / f"{name}.console.log",
+            )
+        )
+        for name in names
+    }
+
+
 @dataclass
 class HostMachine(Machine):
     """The host VM, with the consoles of the guests that will run in it."""
@@ -217,9 +241,19 @@ class HostMachine(Machine):
     guest_consoles: dict[str, Console] = field(default_factory=dict)
     child: Child | None = None
 
-    def lost(self) -> bool:
-        """Whether its QEMU has ended."""
-        return self.child is not None and self.child.poll() is not None
+    stderr: Path = Path("/dev/null")
+
+    def explain(self, error: ConnectionLost) -> RigError:
+        """What a connection that was lost in mid-run is due to, where that can be told."""
+        self.console.wait_end(2.0)
+        code = self.child.poll() if self.child is not None else None
+        if code is None:
+            return error
+        said = self.stderr.read_text(errors="replace")
+        evidence = f"{self.console.tail()}\n{said}".strip()
+        if code:
+            return _qemu_died(self.name, code, said, evidence)
+        return KernelBroke("host: the VM ended without a word on its console", evidence=evidence)
 
     def kill(self) -> None:
         """End it at once, with all that runs in it; every wait on it fails now."""
@@ -248,16 +282,8 @@ def boot_host(
         ends = _Ends(stack)
         argv = _host_argv(parts, config, folder, guests, ends)
         (logs / "host.qemu.txt").write_text(shlex.join(argv) + "\n")
-        # The consoles are left last: what a dying VM still says is read.
-        log = stack.enter_context(
-            console.attach(ends.ours["console"], "host", logs / "host.console.log")
-        )
-        guest_consoles = {
-            guest: stack.enter_context(
-                console.attach(ends.ours[f"console.{guest}"], guest, logs / f"{guest}.console.log")
-            )
-            for guest in guests
-        }
+        consoles = _consoles(stack, ends, ["host", *guests], logs)
+        log = consoles.pop("host")
         stderr = stack.enter_context(open(logs / "host.qemu.log", "w+b"))
         child = stack.enter_context(
             spawn(
@@ -270,10 +296,10 @@ def boot_host(
         )
         ends.handed_over()
 
-        def said() -> str:
-            return (logs / "host.qemu.log").read_text(errors="replace")
+        def ending() -> Ending:
+            return child.poll(), (logs / "host.qemu.log").read_text(errors="replace")
 
-        with blamed("host", log, said):
+        with blamed("host", log, ending):
             monitor = stack.enter_context(
                 qmp.connect(ends.ours["qmp"], "host", logs / "host.qmp.log", deadline)
             )
@@ -287,7 +313,10 @@ def boot_host(
             )
             hello = agent.call("hello", deadline=deadline)
         yield HostMachine(
-            "host", log, monitor, login, agent, deadline.elapsed(), hello, guest_consoles, child
+            *("host", log, monitor, login, agent, deadline.elapsed(), hello),
+            guest_consoles=consoles,
+            child=child,
+            stderr=logs / "host.qemu.log",
         )
 
 
@@ -372,12 +401,13 @@ def boot_guest(
         )
         stack.callback(_stop_guest, host, name, logs)
 
-        def said() -> str:
-            with contextlib.suppress(Exception):
-                return str(host.agent.call("guest_status", name=name)["stderr"])
-            return ""
+        def ending() -> Ending:
+            with contextlib.suppress(InfrastructureError):
+                status = host.agent.call("guest_status", name=name)
+                return status["returncode"], status["stderr"]
+            return None, ""
 
-        with blamed(name, log, said):
+        with blamed(name, log, ending):
             # SSH first: QEMU goes on when its port is connected.
             channel = stack.enter_context(_dial(host, started["sockets"]["ssh"], name, deadline))
             qmp_channel = stack.enter_context(
@@ -406,7 +436,14 @@ def boot_guest(
 
 def _stop_guest(host: Machine, name: str, logs: Path) -> None:
     # A host VM that is gone has taken its guests with it.
-    with contextlib.suppress(InfrastructureError, KernelError):
-        status = host.agent.call("guest_stop", name=name)
+    with contextlib.suppress(ConnectionLost):
+        try:
+            status = host.agent.call("guest_stop", name=name)
+        except CallFailed as error:
+            raise KernelBroke(
+                f"host: {name}'s QEMU, killed, does not end, or its devices do not close: "
+                f"{error.message}",
+                evidence=host.console.tail(),
+            ) from error
         (logs / f"{name}.qemu.log").write_text(status.get("stderr") or "")
         host.agent.call("guest_forget", name=name)

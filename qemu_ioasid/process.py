@@ -33,9 +33,13 @@ def _base() -> Path:
         if runtime and os.path.isdir(runtime)
         else Path(f"/tmp/qemu_ioasid-{os.getuid()}")
     )
-    with contextlib.suppress(FileExistsError):
-        base.mkdir(mode=0o700)
-    found = base.lstat()
+    try:
+        base.mkdir(mode=0o700, exist_ok=True)
+        found = base.lstat()
+    except OSError as error:
+        raise RequirementError(
+            f"{base}: {error.strerror}; make room, or set XDG_RUNTIME_DIR to a folder of yours"
+        ) from None
     if (
         not stat.S_ISDIR(found.st_mode)
         or found.st_uid != os.getuid()
@@ -215,8 +219,10 @@ def run(
     lines: list[str] = []
     arrived: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
-    def pump(stream: IO[bytes]) -> None:
-        with contextlib.suppress(OSError, ValueError):
+    def pump(fd: int) -> None:
+        # A duplicate of its own: what keeps the pipe open after the child's end keeps this
+        # thread, and not the caller, who closes the original.
+        with os.fdopen(fd, "rb") as stream:
             for line in stream:
                 arrived.put(line)
         arrived.put(None)
@@ -234,7 +240,8 @@ def run(
             )
         )
         assert child.popen.stdout is not None
-        threading.Thread(target=pump, args=(child.popen.stdout,), daemon=True).start()
+        fd = os.dup(child.popen.stdout.fileno())
+        threading.Thread(target=pump, args=(fd,), daemon=True).start()
         if input is not None:
             threading.Thread(target=_feed, args=(child.popen, input), daemon=True).start()
         while True:

@@ -114,10 +114,14 @@ def find(
         if system is None:
             why = f"no {PROGRAM} on this machine"
         else:
-            candidate = probe((system,), {}, deadline)
-            if candidate.new_enough:
-                return candidate
-            why = f"the system's QEMU {candidate.version} is too old"
+            try:
+                candidate = probe((system,), {}, deadline)
+            except RequirementError as error:
+                why = error.message
+            else:
+                if candidate.new_enough:
+                    return candidate
+                why = f"the system's QEMU {candidate.version} is too old"
     try:
         argv, env = private()
     except RequirementError as error:
@@ -133,6 +137,7 @@ def find(
 # all thereby ends QEMU with (0x10 << 1) | 1 through isa-debug-exit.
 _ROM = bytes(0xFFF0) + b"\xb0\x10\xe6\xf4\xf4" + bytes(11)
 _ROM_EXIT = 0x21
+_HANGS = "/dev/kvm opens, but a tiny guest hangs in it"
 
 
 def _nested(parameters: Path = Path("/sys/module")) -> bool:
@@ -167,7 +172,7 @@ def _try_kvm(qemu: Qemu, nested: bool) -> str:
         except ProcessFailed as error:
             return "" if error.returncode == _ROM_EXIT else error.message
         except RigError:
-            return "/dev/kvm opens, but a tiny guest hangs in it"
+            return _HANGS
     return "a tiny KVM guest ended without running"
 
 
@@ -187,10 +192,13 @@ def accelerator(wanted: str, qemu: Qemu, *, nested: bool) -> tuple[str, str]:
     def ask(folder: Path) -> None:
         (folder / "why").write_text(json.dumps(_try_kvm(qemu, nested)))
 
-    # A "yes" and a "hangs" both hold until the next boot; a missing or closed device may be mended.
+    # Kept for what takes seconds to find out, a hang; all else is asked anew, and so is
+    # everything when KVM is insisted on.
+    if wanted == "kvm":
+        shutil.rmtree(cache.entry("kvm", key), ignore_errors=True)
     path, _ = cache.get_or_build("kvm", key, ask, deadline=Deadline(60, "KVM probe"))
     why: str = json.loads((path / "why").read_text())
-    if why.startswith("/dev/kvm: "):
+    if why != _HANGS:
         shutil.rmtree(path, ignore_errors=True)
     if why and wanted == "kvm":
         raise RequirementError(f"--accel kvm: {why}")

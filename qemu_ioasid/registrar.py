@@ -68,3 +68,7 @@ class Registrar:
     def kernel_list(self, device: str) -> list[int]:
         """The PASIDs in *device*'s list, as the kernel shows it."""
         return [int(row["pasid"]) for row in self._agent.call("kernel_list", device=device)]
+
+    def kernel_table(self) -> list[int]:
+        """The PASIDs in the parent's table, as the kernel shows it."""
+        return [int(row["pasid"]) for row in self._agent.call("kernel_table")]

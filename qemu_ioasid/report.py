@@ -64,7 +64,8 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     rig: str = ""
     error: dict[str, str] | None = None
-    exit_code: int = 0
+    #: Until the run has come to its end, it has failed.
+    exit_code: int = 4
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

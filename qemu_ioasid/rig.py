@@ -15,8 +15,8 @@ from qemu_ioasid import ssh
 from qemu_ioasid.client import Pending
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.console import Console
-from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.errors import ConfigurationError, RequirementError
+from qemu_ioasid.deadline import Deadline, calibration
+from qemu_ioasid.errors import ConfigurationError, ConnectionLost, RequirementError
 from qemu_ioasid.machine import (
     HostMachine,
     HostParts,
@@ -37,6 +37,9 @@ FEATURES = {
     "kprobe": "CONFIG_KPROBE_EVENTS",
     "userfaultfd": "CONFIG_USERFAULTFD",
 }
+
+#: How long after a connection ended a console may still bring the reason.
+LAST_WORDS_SECONDS = 1.5
 
 #: A descriptor for `Guest.submit`, as docs/agent.md describes it.
 Descriptor = dict[str, Any]
@@ -80,7 +83,11 @@ class Guest:
         """Have *device* do *work*; the completion records in order, refusals included."""
         deadline = Deadline(seconds + 5, f"completions of {device} in {self.name}")
         done: list[Completion] = self.agent.call(
-            "submit", deadline=deadline, name=device, descriptors=list(work), seconds=seconds
+            "submit",
+            deadline=deadline,
+            name=device,
+            descriptors=list(work),
+            seconds=seconds * calibration(),
         )
         return done
 
@@ -93,7 +100,7 @@ class Guest:
         """The completion records of work begun with `submit_start`."""
         deadline = Deadline(seconds + 5, f"completions in {self.name}")
         done: list[Completion] = self.agent.call(
-            "submit_wait", deadline=deadline, ticket=ticket, seconds=seconds
+            "submit_wait", deadline=deadline, ticket=ticket, seconds=seconds * calibration()
         )
         return done
 
@@ -194,20 +201,17 @@ def boot(
     console raises KernelBroke; when it ends with one, such a report replaces
     it, since it is the cause.
     """
-    check_accelerator(config, parts.accelerator)
     client_key = ssh.generate()
     with contextlib.ExitStack() as stack:
         with phase("boot the host VM"):
             host = stack.enter_context(
                 boot_host(parts, config.host, config.guests, make_keys(client_key), logs)
             )
-        _check_features(host)
         rig = Rig(config, host)
         stack.enter_context(_console_verdict(rig))
+        _check_features(host)
         with phase("create the mdevs"):
-            for name in config.mdevs:
-                rig.mdevs[name] = str(uuid.uuid4())
-                host.agent.call("mdev_create", name=name, uuid=rig.mdevs[name])
+            stack.enter_context(_mdevs(rig))
         with phase(f"boot {len(config.guests)} guests in it"):
             machines = stack.enter_context(_all_guests(rig, parts, client_key, logs))
         with phase("open the devices in the guests"):
@@ -220,13 +224,26 @@ def boot(
 def _console_verdict(rig: Rig) -> Iterator[None]:
     try:
         yield
-    except Exception:
-        # Its last words may be on their way still when the VM has taken the connection down.
-        if rig.host.lost():
-            rig.host.console.wait_end(2.0)
+    except Exception as error:
+        # A dying VM's connection and its last words travel on different ports.
+        if not any(console.broken.is_set() for console in rig.consoles):
+            rig.host.console.broken.wait(LAST_WORDS_SECONDS)
         rig.check_consoles()
+        if isinstance(error, ConnectionLost):
+            raise rig.host.explain(error) from error
         raise
     rig.check_consoles()
+
+
+@contextlib.contextmanager
+def _mdevs(rig: Rig) -> Iterator[None]:
+    """Create the mdevs, and take them away again where the run came to its end."""
+    for name in rig.config.mdevs:
+        rig.mdevs[name] = str(uuid.uuid4())
+        rig.host.agent.call("mdev_create", name=name, uuid=rig.mdevs[name])
+    yield
+    for name in rig.config.mdevs:
+        rig.host.agent.call("mdev_remove", name=name)
 
 
 @contextlib.contextmanager

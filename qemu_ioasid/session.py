@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qemu_ioasid import client, config, image, kernel, qemu, rig
 from qemu_ioasid.cache import explained
+from qemu_ioasid.config import RigConfig
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, RigError
 from qemu_ioasid.machine import HostParts
@@ -73,11 +74,17 @@ def choose_qemu(options: Options, output: Output) -> tuple[Qemu, str, str]:
     return found, chosen, why
 
 
-def build(options: Options, output: Output, report: Report) -> HostParts:
-    """Have kernel, images and QEMU ready; what is there already costs nothing."""
+def build(options: Options, configuration: RigConfig, output: Output, report: Report) -> HostParts:
+    """Have kernel, images and QEMU ready; what is there already costs nothing.
+
+    Refuses first what *configuration* asks of a QEMU or an accelerator that
+    cannot do it.
+    """
     deadline = Deadline(BUILD_SECONDS, "kernel and images")
     with report.phase("find QEMU and an accelerator"):
         found, accelerator, why = choose_qemu(options, output)
+        rig.check_accelerator(configuration, accelerator)
+        configuration.host.viommu.device(found.viommu)
     report.accelerator, report.accelerator_reason = accelerator, why
     with report.phase("kernel"):
         built = kernel.build(options.kernel, deadline=deadline, progress=output.progress)
@@ -119,7 +126,7 @@ def report_folder(wanted: Path | None, scenario: str) -> Path:
         names = iter([f"{stamp}-{scenario}{suffix}" for suffix in tries])
     else:
         base, names = wanted.absolute().parent, iter([wanted.name])
-    with explained(base):
+    try:
         base.mkdir(parents=True, exist_ok=True)
         for name in names:
             folder = base / name
@@ -128,6 +135,10 @@ def report_folder(wanted: Path | None, scenario: str) -> Path:
                 return folder
             if wanted is not None and folder.is_dir() and not any(folder.iterdir()):
                 return folder
+    except OSError as error:
+        raise ConfigurationError(
+            f"{error.filename}: {error.strerror}; --report takes another folder"
+        ) from None
     raise ConfigurationError(f"--report {wanted}: is there already and not an empty folder")
 
 
@@ -147,7 +158,7 @@ def run(options: Options, output: Output) -> Report:
     folder = report_folder(options.report, options.scenario)
     report = Report(folder, options.scenario, output.say, rig=configuration.text)
     try:
-        parts = build(options, output, report)
+        parts = build(options, configuration, output, report)
         with rig.boot(configuration, parts, report.phase, folder) as running:
             scenario.run(running, report)
         report.exit_code = 1 if report.failed else 0
@@ -160,6 +171,6 @@ def run(options: Options, output: Output) -> Report:
     except Exception as error:
         report.fail(4, f"bug in the rig: {error!r}", traceback.format_exc())
     finally:
-        with explained(folder):
+        with explained(folder, "make room, or take another folder with --report"):
             report.write()
     return report

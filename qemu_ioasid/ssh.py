@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.errors import ConnectionLost, DeadlineExceeded, InfrastructureError
+from qemu_ioasid.errors import ConnectionLost, InfrastructureError
 
 # Its tracebacks of lost connections would land on the user's terminal.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
@@ -85,8 +85,8 @@ class Ssh:
         """Start *command* in the VM; the channel is its standard input and output."""
         try:
             channel = self._transport.open_session(timeout=deadline.remaining())
-            channel.settimeout(None)
-            channel.exec_command(command)
+            with bounded(channel, deadline):
+                channel.exec_command(command)
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise ConnectionLost(f"{self._name}: SSH: {error or 'connection ended'}") from None
         return channel
@@ -108,22 +108,37 @@ class Ssh:
     def _finish(self, script: str, data: bytes, deadline: Deadline) -> bytes:
         channel = self.run(script, deadline)
         with contextlib.closing(channel):
-            channel.settimeout(deadline.remaining())
             out = bytearray()
             try:
-                channel.sendall(data)
-                channel.shutdown_write()
-                while part := channel.recv(65536):
-                    out += part
-            except TimeoutError:
-                raise deadline.exceeded() from None
+                with bounded(channel, deadline):
+                    channel.sendall(data)
+                    channel.shutdown_write()
+                    while part := channel.recv(65536):
+                        out += part
+                    status = channel.recv_exit_status()
             except OSError:
                 raise ConnectionLost(f"{self._name}: SSH connection ended") from None
-            status = channel.recv_exit_status()
             if status:
                 said = channel.recv_stderr(4096).decode(errors="replace").strip()
                 raise InfrastructureError(f"{self._name}: {script}: exit code {status}: {said}")
         return bytes(out)
+
+
+@contextlib.contextmanager
+def bounded(channel: paramiko.Channel, deadline: Deadline) -> Iterator[None]:
+    """Close *channel* at the deadline if the block has not ended: paramiko's own waits have none.
+
+    Raises DeadlineExceeded when that is what ended it.
+    """
+    timer = threading.Timer(deadline.remaining(), channel.close)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        # Raises in place of what the closed channel made the block raise.
+        deadline.remaining()
 
 
 @contextlib.contextmanager
@@ -150,10 +165,10 @@ def connect(
                 raise transport.get_exception() or EOFError()
             shown = transport.get_remote_server_key()
             if shown.asbytes() != host_key.key.asbytes():
-                raise ConnectionLost(f"{name}: SSH host key is not the one made for this VM")
+                raise InfrastructureError(f"{name}: SSH host key is not the one made for this VM")
             transport.auth_publickey("root", client_key.key)
-        except DeadlineExceeded:
-            raise
+        except paramiko.AuthenticationException as error:
+            raise InfrastructureError(f"{name}: SSH: login refused: {error}") from None
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise ConnectionLost(f"{name}: SSH: {error or 'connection ended'}") from None
         yield Ssh(transport, name)

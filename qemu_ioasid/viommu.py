@@ -63,6 +63,12 @@ class Viommu:
                 yield "svm", f"needs {', '.join(missing)}"
         if self.eim and not self.intremap:
             yield "eim", "needs intremap = true"
+        if assigned and self.fsts:
+            yield (
+                "fsts",
+                "must be false with mdevs behind the virtual IOMMU: QEMU does not shadow "
+                "first-stage tables, so what the guest maps for them faults",
+            )
         if assigned and not self.caching_mode:
             yield (
                 "caching-mode",

@@ -32,7 +32,7 @@ PGTT_NAMES = {1: "first-stage", 2: "second-stage", 3: "nested", 4: "pass-through
 Read = Callable[[int, int], list[int]]
 
 
-class NotPresent(InfrastructureError):
+class NotPresent(Exception):
     """The walk met an entry that is not present; the message names which."""
 
 

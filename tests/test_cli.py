@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from qemu_ioasid.config import DEFAULT
 from tests.conftest import Command
 
 
@@ -75,6 +77,34 @@ def test_a_report_folder_in_use_keeps_what_is_in_it(command: Command, tmp_path: 
     assert ended.code == 2
     assert "--report there" in one_line(ended.err)
     assert (tmp_path / "there/file").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    "folder", ["/etc/passwd/x", "/etc/passwd/a/b", "/proc/x", "/nonesuch/../proc/y"]
+)
+def test_a_report_folder_that_cannot_be(command: Command, folder: str) -> None:
+    ended = command("run", "--report", folder)
+    assert ended.code == 2
+    assert "--report takes another folder" in one_line(ended.err)
+
+
+def test_a_system_qemu_that_is_broken_is_passed_over(command: Command, tmp_path: Path) -> None:
+    """The private copy is taken; the rig file's mistake, found next, ends the run."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/qemu-system-x86_64").symlink_to("/bin/false")
+    (tmp_path / "rig.toml").write_text(DEFAULT.read_text().replace("cpus = 1", "cpus = 2"))
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    ended = command("run", "--accel", "tcg", "--rig", "rig.toml", "--report", "r", PATH=path)
+    assert ended.code == 2
+    assert "does not work as a QEMU" in ended.out
+    assert "host.cpus" in ended.err
+
+
+def test_no_runtime_folder(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    ended = command("run", "--report", "r", TMPDIR="/", XDG_RUNTIME_DIR="/proc/self")
+    assert ended.code == 3
+    assert "XDG_RUNTIME_DIR" in ended.err
 
 
 def test_a_qemu_that_is_none(command: Command, tmp_path: Path) -> None:

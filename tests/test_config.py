@@ -46,6 +46,8 @@ def test_default_rig_suits_the_default_scenario() -> None:
         ("[host.viommu]\nfsts = 1", "rig.toml: host.viommu.fsts: must be true or false"),
         ("[host.viommu]\nflts = true", "rig.toml: host.viommu.flts: unknown key"),
         ("[guest.G1]", "rig.toml: guest.G1: a name is"),
+        ("[guest.host]", "rig.toml: guest.host: host is the host VM's name"),
+        ("[mdev.a]\ntype = 'x'", "rig.toml: mdev.a.type: unknown key"),
         ("[guest.g1]\nmdevs = 'a'", "rig.toml: guest.g1.mdevs: must be a list of strings"),
         ("[guest.g1]\nmdevs = ['a']", "rig.toml: guest.g1.mdevs: no mdev a in this file"),
         (
@@ -79,6 +81,7 @@ def test_refused(text: str, message: str) -> None:
         ("svm = true\nfsts = true\ndevice-iotlb = true", "svm"),
         ("eim = true\nintremap = false", "eim"),
         ("dma-translation = false", "dma-translation"),
+        ("fsts = true", "fsts"),
         ("", "caching-mode"),
     ],
 )

@@ -37,7 +37,9 @@ STAMP = "[   12.345678] "
         ("watchdog: BUG: soft lockup - CPU#0 stuck for 22s! [kworker/0:1:11]", "lockup"),
         ("rcu: INFO: rcu_preempt self-detected stall on CPU", "rcu stall"),
         ("rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:", "rcu stall"),
-        ("kmemleak: 3 new suspected memory leaks (see /sys/kernel/debug/kmemleak)", "leak"),
+        ("WARNING: HARDIRQ-safe -> HARDIRQ-unsafe lock order detected", "lockdep"),
+        ("WARNING: Nested lock was not taken", "lockdep"),
+        ("WARNING: something nobody has seen yet", "WARNING"),
     ],
 )
 def test_recognised(line: str, kind: str) -> None:

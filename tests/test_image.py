@@ -11,14 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-import paramiko
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from qemu_ioasid import image, process
+from qemu_ioasid import image, process, ssh
 from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.errors import ConfigurationError, RequirementError
+from qemu_ioasid.errors import ConfigurationError, InfrastructureError, RequirementError
 
 
 def _build(name: str) -> image.Image:
@@ -115,24 +112,20 @@ def test_the_private_qemu_is_new_enough() -> None:
 
 
 def test_dropbear_takes_our_host_key(tmp_path: Path) -> None:
-    key = Ed25519PrivateKey.generate()
-    raw = (serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-    public = key.public_key().public_bytes(*raw)
-    seed = key.private_bytes_raw()
-    (tmp_path / "key").write_bytes(image.dropbear_host_key(seed, public))
+    """And the login's other half: our SSH accepts that key and no other."""
     dropbear = image.in_root(_build("guest").root, "usr/sbin/dropbear")
-    ours, theirs = socket.socketpair()
-    with ours, theirs, theirs.makefile("rwb", buffering=0) as stream:
-        argv = [*dropbear, "-i", "-E", "-s", "-r", str(tmp_path / "key")]
-        with process.spawn(argv, stdin=stream.fileno(), stdout=stream.fileno()):
-            transport = paramiko.Transport(ours)
-            try:
-                transport.start_client(timeout=20)
-                assert transport.get_remote_server_key().asbytes().endswith(public)
-            finally:
-                transport.close()
-    with pytest.raises(ValueError, match="32 bytes"):
-        image.dropbear_host_key(b"short", public)
+    made, other = ssh.generate(), ssh.generate()
+    (tmp_path / "key").write_bytes(made.dropbear())
+    for expected, message in ((made, "login refused"), (other, "host key is not the one")):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            argv = [*dropbear, "-i", "-E", "-s", "-r", str(tmp_path / "key")]
+            with (
+                process.spawn(argv, stdin=theirs.fileno(), stdout=theirs.fileno()),
+                pytest.raises(InfrastructureError, match=message),
+                ssh.connect(ours, "vm", expected, ssh.generate(), Deadline(20, "login")),
+            ):
+                pass
 
 
 def test_a_wrong_recipe_is_named(recipes: Path) -> None:

@@ -49,14 +49,15 @@ def _traceback(error: BaseException) -> list[str]:
 
 
 def described(error: BaseException) -> dict[str, Any]:
-    """An exception as the protocol reports it; errno is there for an OSError that has one."""
+    """An exception as the protocol reports it; errno is there for an OSError without a path."""
     answer = {
         "type": type(error).__name__,
         "message": str(error),
         "traceback": "\n".join(_traceback(error)),
     }
     number = getattr(error, "errno", None)
-    if isinstance(number, int):
+    # A call on an open file has been answered; a path that cannot be opened is our own trouble.
+    if isinstance(number, int) and getattr(error, "filename", None) is None:
         return {**answer, "errno": number}
     return answer
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from qemu_ioasid import archive, cache
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import RequirementError
+from qemu_ioasid.process import current_run
 
 #: Where to look, the first that has the package wins.
 SUITES = ("trixie-backports", "sid", "forky")
@@ -53,9 +54,11 @@ def remembered(base: str) -> Source | None:
 
 def remember(base: str, source: Source) -> None:
     """Use *source* for *base* from now on, without asking the archive."""
-    temporary = _record(base).with_suffix(".new")
+    record = _record(base)
+    # Two builds of one kernel end together: each has a file of its own to rename.
+    temporary = record.with_suffix(f".{current_run().token}")
     temporary.write_text(json.dumps(asdict(source)) + "\n")
-    temporary.replace(_record(base))
+    temporary.replace(record)
 
 
 def offered(base: str, deadline: Deadline) -> Iterator[Source]:

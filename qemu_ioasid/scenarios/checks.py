@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -65,7 +66,8 @@ def told(completion: Completion) -> str:
     if status == "DONE":
         return f"DONE, {completion['done']} bytes"
     if status == "FAULT":
-        return f"FAULT errno {completion['error']} at {completion['addr']:#x}"
+        name = errno.errorcode.get(completion["error"], str(completion["error"]))
+        return f"FAULT {name} at {completion['addr']:#x}"
     return status
 
 
@@ -80,8 +82,8 @@ class Checks:
     def check(self, name: str, tried: str) -> Iterator[Trial]:
         """One check. It fails on `Broken` and on an errno nobody expected.
 
-        A failure of the rig is entered as ``error`` and raised on; so is a
-        kernel that reports something on a console meanwhile.
+        A failure of the rig is entered as ``error`` and raised on. A report on a
+        console meanwhile raises KernelBroke, whatever the verdict was.
         """
         trial = Trial(tried)
         started = time.monotonic()
@@ -101,16 +103,16 @@ class Checks:
 
         try:
             yield trial
-            self._rig.check_consoles()
         except Broken as broken:
             trial.saw(str(broken))
             enter("fail")
         except CallFailed as error:
             trial.answer(f"{error.message} ({error.name})")
             enter("fail", error.evidence)
-        except RigError as error:
-            trial.answer(error.message)
-            enter("error", error.evidence)
+        except Exception as error:
+            trial.answer(str(error))
+            enter("error", error.evidence if isinstance(error, RigError) else "")
             raise
         else:
             enter("pass")
+        self._rig.check_consoles()

@@ -8,26 +8,24 @@ second at least one (c), all on one parent.
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from qemu_ioasid import vtd
 from qemu_ioasid.config import RigConfig
-from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.machine import GUEST_FOLDER, Machine, device_address
 from qemu_ioasid.report import Report
-from qemu_ioasid.rig import Binding, Descriptor, Guest, Rig, copy
-from qemu_ioasid.scenarios.checks import Checks, Trial
-from qemu_ioasid.scenarios.witness import Witnesses, moved
+from qemu_ioasid.rig import Guest, Rig, copy
+from qemu_ioasid.scenarios.acts import HALF, LENGTH, OWN_IOVA, SLOT, SOURCE_AT, TARGET_AT, Acts
+from qemu_ioasid.scenarios.checks import Trial
+from qemu_ioasid.scenarios.witness import moved
 
-#: Every range bound in an arena is one slot: a copy's source at its start, its target past HALF.
-SLOT = 0x10000
-HALF = SLOT // 2
-#: An odd length at odd places: no rounding to anything goes unseen.
-LENGTH, SOURCE_AT, TARGET_AT = 4099, 5, HALF + 3
-#: Where work without a PASID finds its slot in the device's own address space.
-OWN_IOVA = 0x4000_0000
+PAGE = 4096
+#: No iommufd of a rig has this many objects at a time.
+FOREIGN_ID = 64
+#: How long an unregister that must wait is watched for returning, in seconds.
+EARLY_SECONDS = 1.0
 
 
 def check_shape(config: RigConfig) -> None:
@@ -45,35 +43,13 @@ def run(rig: Rig, report: Report) -> None:
     Isolation(rig, report).run()
 
 
-class Isolation:
-    """The scenario's state: which guests play which part, and the next free slot of an arena."""
+class Isolation(Acts):
+    """The scenario: which guests and mdevs play which part."""
 
     def __init__(self, rig: Rig, report: Report) -> None:
-        self.rig = rig
-        self.registrar = rig.registrar
-        self.report = report
-        self.checks = Checks(rig, report)
-        self.witnesses = Witnesses(rig)
+        super().__init__(rig, report)
         self.g1, self.g2 = list(rig.guests.values())[:2]
         self.a, self.b, self.c = self.g1.mdevs[0], self.g1.mdevs[1], self.g2.mdevs[0]
-        # The first slot holds the nonce.
-        self._slots = {guest: itertools.count(SLOT, SLOT) for guest in rig.guests}
-
-    def slot(self, guest: Guest) -> int:
-        """The offset of a slot of *guest*'s arena that no check has used."""
-        offset = next(self._slots[guest.name])
-        assert offset + SLOT <= guest.size, "the arena is used up"
-        return offset
-
-    def bind(self, guest: Guest, device: str, pasid: int | None = None) -> Binding:
-        """Register a fresh slot of *guest* on *device*."""
-        return self.rig.bind(guest.name, device, self.slot(guest), SLOT, pasid)
-
-    def devices(self) -> Iterator[tuple[Guest, str]]:
-        """Every device with its guest."""
-        for guest in self.rig.guests.values():
-            for device in guest.mdevs:
-                yield guest, device
 
     def run(self) -> None:
         """All checks, in an order in which each finds what it needs."""
@@ -149,43 +125,34 @@ class Isolation:
             ) as trial:
                 guest.agent.call("ioas_map", name=device, iova=OWN_IOVA, offset=offset, length=SLOT)
                 self._walk(guest, device, offset, trial)
-                with self._exact(trial, guest, offset):
-                    (done,) = guest.submit(device, self._copy(None, OWN_IOVA))
-                    trial.require_status(done, "DONE")
+                self.moves(trial, guest, device, None, OWN_IOVA, offset)
             with self.checks.check(
                 f"no-pasid-unmapped-{device}", f"{device} copies without a PASID, unmapped"
             ) as trial:
                 guest.agent.call("ioas_unmap", name=device, iova=OWN_IOVA, length=SLOT)
-                with self.witnesses.around(trial):
-                    (done,) = guest.submit(device, self._copy(None, OWN_IOVA))
-                    trial.require_status(done, "FAULT")
+                self._walk(guest, device, None, trial)
+                # The fault is the attempt to read; a write is never tried.
+                with self.witnesses.around(trial, reads=(OWN_IOVA + SOURCE_AT, LENGTH)):
+                    (done,) = guest.submit(device, self.work(None, OWN_IOVA))
+                    self.faulted(trial, done, OWN_IOVA + SOURCE_AT)
 
-    def _walk(self, guest: Guest, device: str, offset: int, trial: Trial) -> None:
+    def _walk(self, guest: Guest, device: str, offset: int | None, trial: Trial) -> None:
+        """Require the guest's own tables to map OWN_IOVA to *offset*, or None: not to map it."""
         read = vtd.reader(guest.machine.qmp)
         root = vtd.stage(guest.machine.qmp).root
         bdf = device_address(guest.mdevs.index(device))
-        entry = vtd.pasid_entry(read, root, bdf)
-        physical = vtd.translate(read, entry, OWN_IOVA)
+        try:
+            entry = vtd.pasid_entry(read, root, bdf)
+            physical = vtd.translate(read, entry, OWN_IOVA)
+        except vtd.NotPresent as missing:
+            trial.require(offset is None, f"the guest's tables do not map {OWN_IOVA:#x}: {missing}")
+            trial.saw(f"the guest's tables have no {missing}")
+            return
         trial.require(
-            physical == guest.gpa + offset,
-            f"the guest's tables translate {OWN_IOVA:#x} to {physical:#x}, "
-            f"not to {guest.gpa + offset:#x}",
+            offset is not None and physical == guest.gpa + offset,
+            f"the guest's tables translate {OWN_IOVA:#x} to {physical:#x}",
         )
         trial.saw(f"walked the guest's {vtd.PGTT_NAMES[entry.pgtt]} table to {physical:#x}")
-
-    def _copy(self, pasid: int | None, iova: int) -> Descriptor:
-        return copy(pasid, iova + SOURCE_AT, iova + TARGET_AT, LENGTH)
-
-    def _exact(
-        self, trial: Trial, guest: Guest, offset: int
-    ) -> contextlib.AbstractContextManager[None]:
-        """Witness exactly what `_copy` moves in the slot at *offset*."""
-        return self.witnesses.around(
-            trial,
-            target=guest.name,
-            expect=moved(offset + TARGET_AT, LENGTH, offset + SOURCE_AT),
-            accesses=True,
-        )
 
     # Registered and not
 
@@ -195,23 +162,24 @@ class Isolation:
             with self.checks.check(
                 f"registered-{device}", f"{device} of {guest.name} copies with its own PASID"
             ) as trial:
-                binding = self.bind(guest, device)
-                trial.answer(f"register PASID {binding.pasid}: 0")
-                with self._exact(trial, guest, binding.offset):
-                    (done,) = guest.submit(device, self._copy(binding.pasid, binding.iova))
-                    trial.require_status(done, "DONE")
-        with self.checks.check("audit", "compare the ledger with the kernel's own lists") as trial:
-            audit = self.registrar.audit()
-            trial.answer(
-                ", ".join(f"{d}: {self.registrar.kernel_list(d)}" for _, d in self.devices())
-            )
-            trial.require(audit["agrees"], f"ledger and kernel differ: {audit}")
-            trial.saw("the ledger and the kernel's lists are the same")
+                own = self.bind(guest, device)
+                trial.answer(f"register PASID {own.pasid}: 0")
+                self.moves(trial, guest, device, own.pasid, own.iova, own.offset)
+        self._audit("audit")
 
-    def _refused(self, trial: Trial, guest: Guest, device: str, pasid: int, iova: int) -> None:
-        with self.witnesses.around(trial, accesses=False):
-            (done,) = guest.submit(device, self._copy(pasid, iova))
-            trial.require_status(done, "REFUSED")
+    def _audit(self, name: str) -> None:
+        with self.checks.check(name, "compare the ledger with the kernel's own lists") as trial:
+            audit = self.registrar.audit()
+            lists = {device: self.registrar.kernel_list(device) for _, device in self.devices()}
+            trial.answer(", ".join(f"{device}: {pasids}" for device, pasids in lists.items()))
+            trial.require(
+                audit["agrees"] and not audit["unsettled"], f"ledger and kernel differ: {audit}"
+            )
+            trial.require(all(lists.values()), "a list is empty that must not be")
+            listed = sorted({pasid for pasids in lists.values() for pasid in pasids})
+            table = self.registrar.kernel_table()
+            trial.require(table == listed, f"the parent's table has {table}, the lists {listed}")
+            trial.saw("the ledger, the kernel's lists and the parent's table are the same")
 
     def unregistered(self) -> None:
         """A PASID that nobody registered is refused, allocated or not."""
@@ -223,8 +191,8 @@ class Isolation:
                 iova = guest.agent.call("bind_request", name=device, offset=SLOT, length=SLOT)[
                     "iova"
                 ]
-                self._refused(trial, guest, device, self.registrar.alloc(guest.name), iova)
-                self._refused(trial, guest, device, (1 << 20) - 1, iova)
+                self.refused(trial, guest, device, self.registrar.alloc(guest.name), iova)
+                self.refused(trial, guest, device, (1 << 20) - 1, iova)
 
     def between(self) -> None:
         """What is one device's is not another's: in one VM, and between two."""
@@ -233,12 +201,17 @@ class Isolation:
             f"{self.b} names a PASID registered for {self.a} only, both {self.g1.name}'s",
         ) as trial:
             binding = self.bind(self.g1, self.a)
-            self._refused(trial, self.g1, self.b, binding.pasid, binding.iova)
+            self.refused(trial, self.g1, self.b, binding.pasid, binding.iova)
+        with self.checks.check(
+            "intra-vm-shared",
+            f"register one PASID for {self.a} and {self.b}, then take it from {self.b}",
+        ) as trial:
+            self._shared(trial)
         with self.checks.check(
             "inter-vm-use", f"{self.c} of {self.g2.name} names a PASID that {self.g1.name} holds"
         ) as trial:
             binding = self.bind(self.g1, self.a)
-            self._refused(trial, self.g2, self.c, binding.pasid, binding.iova)
+            self.refused(trial, self.g2, self.c, binding.pasid, binding.iova)
         with self.checks.check(
             "inter-vm-register",
             f"register a PASID that {self.g1.name} holds for {self.c} of {self.g2.name}",
@@ -247,28 +220,42 @@ class Isolation:
             own = self.registrar.ioas(self.g2.name)
             with trial.refusal("EBUSY", f"register PASID {held.pasid} for {self.c}"):
                 self.registrar.raw_attach(self.c, held.pasid, own)
-            self._refused(trial, self.g2, self.c, held.pasid, held.iova)
+            self.refused(trial, self.g2, self.c, held.pasid, held.iova)
             self.registrar.destroy(self.g2.name, own)
         self._foreign_ioas()
+
+    def _shared(self, trial: Trial) -> None:
+        """Both may use what both have; neither can move it; each loses its own entry only."""
+        both = self.bind(self.g1, self.a)
+        self.registrar.register(self.b, self.g1.name, both.pasid, both.ioas)
+        other = self.registrar.ioas(self.g1.name)
+        for device in (self.a, self.b):
+            self.moves(trial, self.g1, device, both.pasid, both.iova, both.offset)
+            self.g1.agent.call("fill")
+            with trial.refusal("EBUSY", f"replace on {device}"):
+                self.registrar.raw_attach(device, both.pasid, other)
+        self.registrar.unregister(self.b, both.pasid)
+        self.refused(trial, self.g1, self.b, both.pasid, both.iova)
+        self.moves(trial, self.g1, self.a, both.pasid, both.iova, both.offset)
+        self.registrar.destroy(self.g1.name, other)
 
     def _foreign_ioas(self) -> None:
         with self.checks.check(
             "inter-vm-ioas-id",
             f"register, for {self.c}, an IOAS id that only {self.g1.name}'s iommufd has",
         ) as trial:
-            mine = self.registrar.ioas(self.g2.name)
-            theirs = self.registrar.ioas(self.g1.name)
-            spare = [theirs]
-            # Ids count up from 1 on each iommufd: go past the last one the other has given.
-            while theirs <= mine + 1:
-                theirs = self.registrar.ioas(self.g1.name)
-                spare.append(theirs)
+            # An iommufd gives the lowest free id, so the other one's are below its few objects.
+            spare = [self.registrar.ioas(self.g1.name)]
+            while spare[-1] <= FOREIGN_ID:
+                spare.append(self.registrar.ioas(self.g1.name))
+            offset = self.slot(self.g1)
+            self.registrar.map(self.g1.name, spare[-1], OWN_IOVA, self.g1.gpa + offset, SLOT)
             pasid = self.registrar.alloc(self.g2.name)
-            with trial.refusal("ENOENT", f"register IOAS {theirs}"):
-                self.registrar.raw_attach(self.c, pasid, theirs)
+            with trial.refusal("ENOENT", f"register IOAS {spare[-1]}"):
+                self.registrar.raw_attach(self.c, pasid, spare[-1])
+            self.refused(trial, self.g2, self.c, pasid, OWN_IOVA)
             for ioas in spare:
                 self.registrar.destroy(self.g1.name, ioas)
-            self.registrar.destroy(self.g2.name, mine)
         with self.checks.check(
             "inter-vm-equal-id",
             f"register, for {self.c}, an IOAS id that names {self.g1.name}'s memory there "
@@ -290,9 +277,7 @@ class Isolation:
         pasid = self.registrar.alloc(self.g2.name)
         self.registrar.register(self.c, self.g2.name, pasid, one)
         trial.answer(f"register IOAS {one} of both: 0")
-        with self._exact(trial, self.g2, slots[self.g2.name]):
-            (done,) = self.g2.submit(self.c, self._copy(pasid, OWN_IOVA))
-            trial.require_status(done, "DONE")
+        self.moves(trial, self.g2, self.c, pasid, OWN_IOVA, slots[self.g2.name])
         self.registrar.unregister(self.c, pasid)
 
     # Afterwards
@@ -303,29 +288,33 @@ class Isolation:
             with self.checks.check(
                 f"after-unregister-{device}", f"{device} names a PASID that was unregistered"
             ) as trial:
-                binding = self.bind(guest, device)
-                self.rig.unbind(binding)
-                self._refused(trial, guest, device, binding.pasid, binding.iova)
+                self._taken_back(trial, guest, device, free=False)
             with self.checks.check(
-                f"after-free-{device}", f"{device} names a PASID that was freed"
+                f"after-free-{device}", f"{device} names a PASID that was unregistered and freed"
             ) as trial:
-                self.registrar.free(binding.pasid)
-                self._refused(trial, guest, device, binding.pasid, binding.iova)
+                self._taken_back(trial, guest, device, free=True)
             with self.checks.check(
                 f"after-replace-{device}", f"{device} names a PASID whose IOAS was replaced"
             ) as trial:
-                self._replaced(guest, device, trial)
+                self._replaced(trial, guest, device)
+        self._audit("audit-afterwards")
 
-    def _replaced(self, guest: Guest, device: str, trial: Trial) -> None:
+    def _taken_back(self, trial: Trial, guest: Guest, device: str, *, free: bool) -> None:
+        binding = self.bind(guest, device)
+        self.rig.unbind(binding)
+        trial.answer("unregister: 0")
+        if free:
+            self.registrar.free(binding.pasid)
+        self.refused(trial, guest, device, binding.pasid, binding.iova)
+
+    def _replaced(self, trial: Trial, guest: Guest, device: str) -> None:
         old = self.bind(guest, device)
         new = self.slot(guest)
         ioas = self.registrar.ioas(guest.name)
         self.registrar.map(guest.name, ioas, old.iova, guest.gpa + new, SLOT)
         self.registrar.replace(device, old.pasid, ioas)
         trial.answer("replace: 0")
-        with self._exact(trial, guest, new):
-            (done,) = guest.submit(device, self._copy(old.pasid, old.iova))
-            trial.require_status(done, "DONE")
+        self.moves(trial, guest, device, old.pasid, old.iova, new)
         # The old address space is nobody's now, so it can go.
         self.registrar.destroy(guest.name, old.ioas)
 
@@ -339,49 +328,70 @@ class Isolation:
             self._in_flight(trial)
         for guest, device in self.devices():
             with self.checks.check(
-                f"past-the-end-{device}", f"{device} copies 64 bytes with 32 left in the range"
+                f"past-the-end-{device}",
+                f"{device} copies 64 bytes to, then from, the last 32 of the range",
             ) as trial:
-                binding = self.bind(guest, device)
-                with self.witnesses.around(
-                    trial, target=guest.name, within=(binding.offset + SLOT - 32, 32)
-                ):
-                    work = copy(binding.pasid, binding.iova, binding.iova + SLOT - 32, 64)
-                    (done,) = guest.submit(device, work)
-                    trial.require_status(done, "FAULT")
+                self._past_the_end(trial, guest, device)
+
+    def _past_the_end(self, trial: Trial, guest: Guest, device: str) -> None:
+        binding = self.bind(guest, device)
+        start, edge = binding.iova, binding.iova + SLOT - 32
+        with self.witnesses.around(
+            trial,
+            target=guest.name,
+            within=(binding.offset + SLOT - 32, 32),
+            reads=(start, 64),
+            writes=(edge, 64),
+        ):
+            (done,) = guest.submit(device, copy(binding.pasid, start, edge, 64))
+            self.faulted(trial, done, edge)
+        with self.witnesses.around(trial, reads=(edge, 64)):
+            (done,) = guest.submit(device, copy(binding.pasid, edge, start, 64))
+            self.faulted(trial, done, edge)
 
     def _in_flight(self, trial: Trial) -> None:
         """The target is memory of the host side that sleeps until released (userfaultfd)."""
         host = self.rig.host.agent
-        slot, slow_iova = self.slot(self.g1), OWN_IOVA + SLOT
+        slot, slow = self.slot(self.g1), OWN_IOVA + SLOT
         ioas = self.registrar.ioas(self.g1.name)
         self.registrar.map(self.g1.name, ioas, OWN_IOVA, self.g1.gpa + slot, SLOT)
-        handle = host.call(
-            "slow_create", iommufd=self.g1.name, ioas=ioas, iova=slow_iova, length=4096
-        )["handle"]
         pasid = self.registrar.alloc(self.g1.name)
         self.registrar.register(self.a, self.g1.name, pasid, ioas)
-        source = self.g1.agent.call("read", offset=slot, length=4096)["hex"]
-        with self.witnesses.around(trial):
+        source = self.g1.agent.call("read", offset=slot, length=PAGE)["hex"]
+        with contextlib.ExitStack() as stack:
+            handle = host.call(
+                "slow_create", iommufd=self.g1.name, ioas=ioas, iova=slow, length=PAGE
+            )["handle"]
+            # Whatever fails: a device left asleep would fail every check that follows.
+            stack.callback(host.call, "slow_close", handle=handle)
+            stack.enter_context(
+                self.witnesses.around(trial, reads=(OWN_IOVA, PAGE), writes=(slow, PAGE))
+            )
             ticket = self.g1.submit_start(
                 self.a,
-                copy(pasid, OWN_IOVA, slow_iova, 4096),
-                copy(pasid, OWN_IOVA, OWN_IOVA + HALF, 4096),
+                copy(pasid, OWN_IOVA, slow, PAGE),
+                copy(pasid, OWN_IOVA, OWN_IOVA + HALF, PAGE),
             )
-            host.call("slow_wait", handle=handle, seconds=20)
-            leaving = self.registrar.unregister_start(self.a, pasid)
-            state = host.call("wait_blocked", device=self.a, pasid=pasid, seconds=20)["state"]
-            trial.answer(f"unregister under way: entry {state}")
-            early = state != "closed" or leaving.done()
-            host.call("slow_release", handle=handle)
-            leaving.result(Deadline(30, "return of unregister"))
-            landed = host.call("slow_read", handle=handle, offset=0, length=4096)["hex"]
+            self._drains(trial, handle, pasid)
+            landed = host.call("slow_read", handle=handle, offset=0, length=PAGE)["hex"]
             first, second = self.g1.submit_wait(ticket)
-            trial.require(not early, "unregister returned with a write still in flight")
             trial.require_status(first, "DONE")
             trial.require_status(second, "REFUSED")
             trial.require(landed == source, "the write had not ended when unregister returned")
-        trial.saw("the write was whole when unregister returned, the next one refused")
-        host.call("slow_close", handle=handle)
+            trial.saw("the write was whole when unregister returned, the next one refused")
+
+    def _drains(self, trial: Trial, handle: int, pasid: int) -> None:
+        """Unregister under a sleeping write: it returns after the release, and not before."""
+        host, seconds = self.rig.host.agent, 20 * calibration()
+        host.call("slow_wait", handle=handle, seconds=seconds)
+        leaving = self.registrar.unregister_start(self.a, pasid)
+        entered = host.call("wait_blocked", device=self.a, pasid=pasid, seconds=seconds)
+        trial.answer(f"unregister under way: entry {entered['state']}")
+        early = entered["state"] != "closed" or leaving.ends_within(EARLY_SECONDS)
+        host.call("slow_release", handle=handle)
+        leaving.result(Deadline(45, "return of unregister"))
+        trial.answer("unregister: 0")
+        trial.require(not early, "unregister returned with a write still in flight")
 
     # Death
 
@@ -398,13 +408,56 @@ class Isolation:
             host.call("device_open", name=self.c)
             left = self.registrar.kernel_list(self.c)
             trial.answer(f"the kernel's list after the new open: {left}")
-            with self.witnesses.around(trial, accesses=False):
+            with self.witnesses.around(trial):
                 (done,) = host.call(
                     "device_submit",
                     name=self.c,
-                    descriptors=[self._copy(held.pasid, held.iova)],
-                    seconds=20,
+                    descriptors=[self.work(held.pasid, held.iova)],
+                    seconds=20 * calibration(),
                 )
                 trial.require_status(done, "REFUSED")
-            host.call("device_close", name=self.c)
             trial.require(left == [], f"the list is not empty after a new open: {left}")
+        with self.checks.check(
+            f"after-reset-{self.c}",
+            f"reset {self.c}, opened by the host side, with a PASID in its list",
+        ) as trial:
+            self._reset(trial)
+
+    def _reset(self, trial: Trial) -> None:
+        """A reset cancels work and keeps the list."""
+        host = self.rig.host.agent
+        iommufd = f"agent:{self.c}"
+        ioas = self.registrar.ioas(iommufd)
+        slot = self.slot(self.g1)
+        # Memory of the guest that lives, so that both witnesses see what the device moves.
+        host.call(
+            "ioas_map_guest",
+            iommufd=iommufd,
+            ioas=ioas,
+            iova=OWN_IOVA,
+            gpa=self.g1.gpa + slot,
+            length=SLOT,
+            guest=self.g1.name,
+        )
+        pasid = self.registrar.alloc(iommufd)
+        self.registrar.register(self.c, iommufd, pasid, ioas)
+        host.call("device_reset", name=self.c)
+        kept = self.registrar.kernel_list(self.c)
+        trial.answer(f"the kernel's list after the reset: {kept}")
+        trial.require(kept == [pasid], "the reset did not keep the list")
+        with self.witnesses.around(
+            trial,
+            target=self.g1.name,
+            expect=moved(slot + TARGET_AT, LENGTH, slot + SOURCE_AT),
+            reads=(OWN_IOVA + SOURCE_AT, LENGTH),
+            writes=(OWN_IOVA + TARGET_AT, LENGTH),
+        ):
+            (done,) = host.call(
+                "device_submit",
+                name=self.c,
+                descriptors=[self.work(pasid, OWN_IOVA)],
+                seconds=20 * calibration(),
+            )
+            trial.require_status(done, "DONE")
+        host.call("device_close", name=self.c)
+        trial.require(self.registrar.kernel_list(self.c) == [], "the close did not end the list")

@@ -16,8 +16,16 @@ from typing import Any
 
 from qemu_ioasid.client import Pending
 from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.errors import InfrastructureError
 from qemu_ioasid.rig import Guest, Rig
-from qemu_ioasid.scenarios.checks import Trial
+from qemu_ioasid.scenarios.checks import Broken, Trial
+
+#: An access of the kernel: iova, length, write (docs/agent.md, trace_read).
+Access = dict[str, Any]
+#: What each view of an arena shows: changed, unexpected.
+Views = dict[str, Any]
+#: An I/O virtual address and a length.
+Span = tuple[int, int]
 
 #: What a change may be: *length* bytes at *offset* of the arena, copied from *source* of it.
 Expected = dict[str, Any]
@@ -51,23 +59,37 @@ class Witnesses:
         target: str | None = None,
         expect: Expected | None = None,
         within: tuple[int, int] | None = None,
-        accesses: bool | None = None,
+        reads: Span | None = None,
+        writes: Span | None = None,
     ) -> Iterator[None]:
         """Watch while the block acts, then require what must be.
 
         In guest *target*: exactly *expect*, or anything *within* (offset, length).
-        Everywhere else, and without a target: nothing. *accesses* False
-        requires that the kernel made no access, True that it made one.
+        Everywhere else, and without a target: nothing. The kernel's accesses
+        stay in *reads* and *writes*; with *expect* they cover them, byte for
+        byte; without a span there are none. The witnesses are heard even when
+        the block itself finds something wrong.
         """
-        self._before(trial)
-        yield
-        self._after(trial, target, expect, within, accesses)
+        self._before()
+        wrong: list[str] = []
+        try:
+            yield
+        except Broken as broken:
+            wrong.append(str(broken))
+        views, made = self._look(target, expect)
+        wrong += self._strays(views, target, expect, within)
+        for name, write, span in (("read", False, reads), ("write", True, writes)):
+            ours = [each for each in made if each["write"] == write]
+            wrong += _outside(name, ours, span, whole=expect is not None)
+        if wrong:
+            raise Broken("; ".join(wrong))
+        trial.saw(self._told(views, made, target, expect, within))
 
     def _all(self, pending: dict[str, Pending], what: str) -> dict[str, Any]:
         deadline = Deadline(30, what)
         return {name: each.result(deadline) for name, each in pending.items()}
 
-    def _before(self, trial: Trial) -> None:
+    def _before(self) -> None:
         inside = self._all(
             {guest.name: guest.agent.start("watch") for guest in self._alive()},
             "snapshots in the guests",
@@ -82,20 +104,13 @@ class Witnesses:
             "snapshots of the RAM files",
         )
         for name, snapshot in inside.items():
-            trial.require(
-                outside[name]["nonce"] == snapshot["nonce"],
-                f"{name}: its nonce is not in its RAM file: the witnesses mean different bytes",
-            )
+            if outside[name]["nonce"] != snapshot["nonce"]:
+                raise InfrastructureError(
+                    f"{name}: its nonce is not in its RAM file: the witnesses mean different bytes"
+                )
         self._host.call("trace_clear")
 
-    def _after(
-        self,
-        trial: Trial,
-        target: str | None,
-        expect: Expected | None,
-        within: tuple[int, int] | None,
-        accesses: bool | None,
-    ) -> None:
+    def _look(self, target: str | None, expect: Expected | None) -> tuple[Views, list[Access]]:
         pending: dict[str, Pending] = {}
         for guest in self._rig.guests.values():
             expected = [expect] if expect is not None and guest.name == target else []
@@ -106,7 +121,16 @@ class Witnesses:
                 pending[f"{guest.name} from inside"] = guest.agent.start("changes", expect=expected)
         trace = self._host.start("trace_read")
         views = self._all(pending, "comparison of the arenas")
-        made = trace.result(Deadline(30, "the kernel's accesses"))
+        return views, trace.result(Deadline(30, "the kernel's accesses"))
+
+    def _strays(
+        self,
+        views: Views,
+        target: str | None,
+        expect: Expected | None,
+        within: tuple[int, int] | None,
+    ) -> list[str]:
+        wrong = []
         for name, seen in views.items():
             mine = name.split()[0] == target
             stray = [
@@ -114,27 +138,45 @@ class Witnesses:
                 for each in seen["unexpected"]
                 if not (mine and within is not None and _inside(each, within))
             ]
-            trial.require(
-                not stray, f"LEAK: {name}: {', '.join(map(_range, stray))} changed and must not"
-            )
-            if mine and expect is not None:
-                trial.require(
-                    bool(seen["changed"]), f"{name}: nothing changed where bytes must have moved"
+            if stray:
+                wrong.append(
+                    f"LEAK: {name}: {', '.join(map(_range, stray))} changed and must not have"
                 )
-        if accesses is not None:
-            trial.require(
-                bool(made) == accesses,
-                f"the kernel made {len(made)} accesses where it must have made "
-                + ("some" if accesses else "none"),
-            )
+            if mine and expect is not None and not seen["changed"]:
+                wrong.append(f"{name}: nothing changed where bytes must have moved")
+        return wrong
+
+    def _told(
+        self,
+        views: Views,
+        made: list[Access],
+        target: str | None,
+        expect: Expected | None,
+        within: tuple[int, int] | None,
+    ) -> str:
         count = f"{len(made)} kernel accesses" if made else "no kernel access"
-        arenas = f"{len(pending)} views of {len(self._rig.guests)} arenas"
+        arenas = f"{len(views)} views of {len(self._rig.guests)} arenas"
         if expect is not None:
-            trial.saw(f"{arenas}: exactly {expect['length']} bytes in {target}; {count}")
-        elif within is not None:
-            trial.saw(f"{arenas}: nothing outside the range in {target}; {count}")
-        else:
-            trial.saw(f"{arenas}: unchanged; {count}")
+            return f"{arenas}: exactly {expect['length']} bytes in {target}; {count}"
+        if within is not None:
+            return f"{arenas}: nothing outside the range in {target}; {count}"
+        return f"{arenas}: unchanged; {count}"
+
+
+def _outside(name: str, made: list[Access], span: Span | None, *, whole: bool) -> list[str]:
+    """What is wrong with the accesses *made* when they belong in *span*."""
+    if span is None:
+        return [f"the kernel made a {name} of {each['length']} bytes" for each in made]
+    start, length = span
+    wrong = [
+        f"LEAK: the kernel made a {name} of {each['length']} bytes at {each['iova']:#x}"
+        for each in made
+        if not (start <= each["iova"] and each["iova"] + each["length"] <= start + length)
+    ]
+    total = sum(each["length"] for each in made)
+    if whole and total != length:
+        wrong.append(f"the kernel's {name}s are of {total} bytes, not {length}")
+    return wrong
 
 
 def _inside(change: dict[str, Any], within: tuple[int, int]) -> bool:

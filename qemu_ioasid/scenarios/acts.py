@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What scenarios have devices do, with the witnesses around it."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from collections.abc import Iterator
+
+from qemu_ioasid.report import Report
+from qemu_ioasid.rig import Binding, Completion, Descriptor, Guest, Rig, copy
+from qemu_ioasid.scenarios.checks import Checks, Trial
+from qemu_ioasid.scenarios.witness import Witnesses, moved
+
+#: Every range bound in an arena is one slot: a copy's source at its start, its target past HALF.
+SLOT = 0x4000
+HALF = SLOT // 2
+#: An odd length at odd places: no rounding to anything goes unseen.
+LENGTH, SOURCE_AT, TARGET_AT = 4099, 5, HALF + 3
+#: Where work without a PASID finds its slot in the device's own address space.
+OWN_IOVA = 0x4000_0000
+
+
+class Acts:
+    """A rig under a scenario: its registrar, witnesses and checks, and each arena's next slot."""
+
+    def __init__(self, rig: Rig, report: Report) -> None:
+        self.rig = rig
+        self.registrar = rig.registrar
+        self.report = report
+        self.checks = Checks(rig, report)
+        self.witnesses = Witnesses(rig)
+        # The first slot holds the nonce.
+        self._slots = {guest: itertools.count(SLOT, SLOT) for guest in rig.guests}
+
+    def slot(self, guest: Guest) -> int:
+        """The offset of a slot of *guest*'s arena that no check has used."""
+        return next(self._slots[guest.name])
+
+    def bind(self, guest: Guest, device: str, pasid: int | None = None) -> Binding:
+        """Register a fresh slot of *guest* on *device*."""
+        return self.rig.bind(guest.name, device, self.slot(guest), SLOT, pasid)
+
+    def devices(self) -> Iterator[tuple[Guest, str]]:
+        """Every device with its guest."""
+        for guest in self.rig.guests.values():
+            for device in guest.mdevs:
+                yield guest, device
+
+    def work(self, pasid: int | None, iova: int) -> Descriptor:
+        """The copy within the slot mapped at *iova* that most checks try."""
+        return copy(pasid, iova + SOURCE_AT, iova + TARGET_AT, LENGTH)
+
+    def moves(
+        self, trial: Trial, guest: Guest, device: str, pasid: int | None, iova: int, offset: int
+    ) -> None:
+        """Require `work` to move its bytes in the slot at *offset*, and nothing else anywhere."""
+        with self.witnesses.around(
+            trial,
+            target=guest.name,
+            expect=moved(offset + TARGET_AT, LENGTH, offset + SOURCE_AT),
+            reads=(iova + SOURCE_AT, LENGTH),
+            writes=(iova + TARGET_AT, LENGTH),
+        ):
+            (done,) = guest.submit(device, self.work(pasid, iova))
+            trial.require_status(done, "DONE")
+
+    def faulted(self, trial: Trial, done: Completion, address: int) -> None:
+        """Require that work ended where *address* is not mapped."""
+        trial.require_status(done, "FAULT")
+        trial.require(
+            done["error"] == errno.ENOENT and done["addr"] == address,
+            f"the fault must be ENOENT at {address:#x}",
+        )
+
+    def refused(self, trial: Trial, guest: Guest, device: str, pasid: int, iova: int) -> None:
+        """Require `work` to be refused, with no trace of it anywhere."""
+        with self.witnesses.around(trial):
+            (done,) = guest.submit(device, self.work(pasid, iova))
+            trial.require_status(done, "REFUSED")
