@@ -401,13 +401,7 @@ def boot_guest(
         )
         stack.callback(_stop_guest, host, name, logs)
 
-        def ending() -> Ending:
-            with contextlib.suppress(InfrastructureError):
-                status = host.agent.call("guest_status", name=name)
-                return status["returncode"], status["stderr"]
-            return None, ""
-
-        with blamed(name, log, ending):
+        with blamed(name, log, lambda: _guest_ending(host, name)):
             # SSH first: QEMU goes on when its port is connected.
             channel = stack.enter_context(_dial(host, started["sockets"]["ssh"], name, deadline))
             qmp_channel = stack.enter_context(
@@ -432,6 +426,13 @@ def boot_guest(
             )
             hello = agent.call("hello", deadline=deadline)
         yield Machine(name, log, monitor, login, agent, deadline.elapsed(), hello)
+
+
+def _guest_ending(host: Machine, name: str) -> Ending:
+    with contextlib.suppress(InfrastructureError):
+        status = host.agent.call("guest_status", name=name)
+        return status["returncode"], status["stderr"]
+    return None, ""
 
 
 def _stop_guest(host: Machine, name: str, logs: Path) -> None:
