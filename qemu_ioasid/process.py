@@ -219,14 +219,6 @@ def run(
     lines: list[str] = []
     arrived: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
-    def pump(fd: int) -> None:
-        # A duplicate of its own: what keeps the pipe open after the child's end keeps this
-        # thread, and not the caller, who closes the original.
-        with os.fdopen(fd, "rb") as stream:
-            for line in stream:
-                arrived.put(line)
-        arrived.put(None)
-
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(open(log, "ab")) if log is not None else None
         child = stack.enter_context(
@@ -241,7 +233,7 @@ def run(
         )
         assert child.popen.stdout is not None
         fd = os.dup(child.popen.stdout.fileno())
-        threading.Thread(target=pump, args=(fd,), daemon=True).start()
+        threading.Thread(target=_pump, args=(fd, arrived), daemon=True).start()
         if input is not None:
             threading.Thread(target=_feed, args=(child.popen, input), daemon=True).start()
         while True:
@@ -263,6 +255,15 @@ def run(
     if returncode:
         raise ProcessFailed(argv, returncode, "".join(lines[-TAIL:]))
     return "".join(lines)
+
+
+def _pump(fd: int, arrived: queue.SimpleQueue[bytes | None]) -> None:
+    # A duplicate of its own: what keeps the pipe open after the child's end keeps this thread,
+    # and not the caller, who closes the original.
+    with os.fdopen(fd, "rb") as stream:
+        for line in stream:
+            arrived.put(line)
+    arrived.put(None)
 
 
 def _feed(popen: subprocess.Popen[bytes], data: bytes) -> None:
