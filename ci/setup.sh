@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
+# shellcheck shell=bash
 # Sourced by the other scripts here: everything a fresh machine needs, nothing it has already.
 # Leaves the current folder at the project's root and the programs of .venv first in PATH.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
-# What each is for: the kernel's build, the images, Python, the tests of the series.
-PACKAGES=(
-	gcc make flex bison bc libelf-dev libssl-dev libc6-dev patch perl xz-utils kmod
-	mmdebstrap erofs-utils debian-archive-keyring cpio
-	python3 python3-venv
-	sparse
-)
+# The kernel's build, the images, Python; EXTRA_PACKAGES is the caller's own.
+read -ra PACKAGES <<<"gcc libc6-dev make flex bison bc libelf-dev patch xz-utils \
+	mmdebstrap erofs-utils debian-archive-keyring python3 python3-venv ${EXTRA_PACKAGES:-}"
 
 die() { # exit-code message...
 	local code=$1
@@ -49,33 +46,43 @@ install_packages() {
 		root=(sudo)
 	fi
 	local apt=("${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=300)
-	"${apt[@]}" update >&2 && "${apt[@]}" install -y --no-install-recommends "${missing[@]}" >&2 ||
+	if ! { "${apt[@]}" update && "${apt[@]}" install -y --no-install-recommends "${missing[@]}"; } >&2
+	then
 		die 3 "apt-get could not install: ${missing[*]}"
+	fi
 }
 
 install_project() {
-	local stamp want
+	local stamp=.venv/installed want lock
 	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
 		die 3 "python3 is $(python3 -V 2>&1); 3.11 or newer is needed"
-	stamp=.venv/installed
 	want=$({ cat pyproject.toml ci/requirements.txt && python3 -V && pwd; } | sha256sum)
 	[ "$(cat "$stamp" 2>/dev/null)" != "$want" ] || return 0
-	echo "installing the project into .venv" >&2
-	rm -rf .venv
-	python3 -m venv .venv || die 3 "python3 -m venv failed; is python3-venv installed?"
-	.venv/bin/pip install -q --disable-pip-version-check -r ci/requirements.txt >&2 &&
-		.venv/bin/pip install -q --disable-pip-version-check --no-deps -e . >&2 ||
-		die 3 "pip could not install the project; is PyPI, or a mirror of it, in reach?"
-	echo "$want" >"$stamp"
+	# Two first starts in one clone: the second waits, and finds it done.
+	exec {lock}>.venv.lock
+	flock "$lock"
+	if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
+		echo "installing the project into .venv" >&2
+		rm -rf .venv
+		python3 -m venv .venv || die 3 "python3 -m venv failed; is python3-venv installed?"
+		local pip=(.venv/bin/pip install -q --disable-pip-version-check)
+		if ! { "${pip[@]}" -r ci/requirements.txt && "${pip[@]}" --no-deps -e .; } >&2; then
+			die 3 "pip could not install the project; is PyPI, or a mirror of it, in reach?"
+		fi
+		echo "$want" >"$stamp"
+	fi
+	exec {lock}>&-
 }
 
-if supported; then
-	install_packages
-else
-	command -v dpkg-query >/dev/null && command -v apt-get >/dev/null && missing=$(missing_packages) ||
-		missing=${PACKAGES[*]}
-	[ -z "$missing" ] ||
-		die 3 "made for Debian 12, Ubuntu 24.04 and later; here, install what these Debian packages hold, and run again: ${missing//$'\n'/ }"
-fi
+check_other_distribution() {
+	local missing=("${PACKAGES[@]}")
+	if command -v dpkg-query >/dev/null; then
+		mapfile -t missing < <(missing_packages)
+	fi
+	[ ${#missing[@]} -eq 0 ] ||
+		die 3 "made for Debian 12, Ubuntu 24.04 and later; here, install what these Debian packages hold, and run again: ${missing[*]}"
+}
+
+if supported; then install_packages; else check_other_distribution; fi
 install_project
 PATH=$PWD/.venv/bin:$PATH
