@@ -29,9 +29,9 @@ supported() {
 
 missing_packages() {
 	local have
-	# Architecture-qualified names (libc6-dev:amd64) count under their plain name.
-	have=$(dpkg-query -W -f '${Package} ${db:Status-Status}\n' "${PACKAGES[@]}" 2>/dev/null |
-		sed -n 's/ installed$//p')
+	# dpkg-query fails when it has never heard of one of them, and says the rest all the same.
+	have=$({ dpkg-query -W -f '${Package} ${db:Status-Status}\n' "${PACKAGES[@]}" || true; } \
+		2>/dev/null | sed -n 's/ installed$//p')
 	comm -23 <(printf '%s\n' "${PACKAGES[@]}" | sort) <(printf '%s\n' "$have" | sort)
 }
 
