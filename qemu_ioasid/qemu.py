@@ -77,10 +77,11 @@ def probe(argv: tuple[str, ...], env: Mapping[str, str], deadline: Deadline) -> 
             raise RequirementError(
                 f"{argv[-1]}: does not work as a QEMU: {said or error.message}"
             ) from None
-    number = version["qemu"]
+    number, package = version["qemu"], version["package"]
     return Qemu(
         argv=argv,
-        version=f"{number['major']}.{number['minor']}.{number['micro']}{version['package']}",
+        version=f"{number['major']}.{number['minor']}.{number['micro']}"
+        + (f" ({package})" if package else ""),
         viommu=frozenset(item["name"] for item in names),
         env=env,
     )
@@ -154,7 +155,7 @@ def _try_kvm(qemu: Qemu, nested: bool) -> str:
     except OSError as error:
         return f"/dev/kvm: {error.strerror}"
     if nested and not _nested():
-        return "no nested virtualization (kvm module, nested=), and guests run in the host VM"
+        return "the kvm module offers no nested virtualization, and guests run in the host VM"
     with tempfile.NamedTemporaryFile(dir=current_run().folder) as rom:
         rom.write(_ROM)
         rom.flush()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qemu_ioasid import client, config, image, kernel, qemu, rig
+from qemu_ioasid import cache, client, config, image, kernel, qemu, rig
 from qemu_ioasid.cache import explained
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.deadline import Deadline
@@ -96,7 +96,7 @@ def build(options: Options, configuration: RigConfig, output: Output, report: Re
         argv, env = private_qemu(output)
         inner = qemu.probe(argv, env, Deadline(60, "answers of the guests' QEMU"))
     report.versions.update(
-        project=importlib.metadata.version("qemu_ioasid"),
+        project={"version": importlib.metadata.version("qemu_ioasid"), "hash": project_hash()},
         agent=client.agent_hash(),
         kernel={"release": built.release, "source": built.source, "hash": built.hash},
         series=built.series_hash,
@@ -114,6 +114,15 @@ def build(options: Options, configuration: RigConfig, output: Output, report: Re
         guest_image_hash=images["guest"].hash,
         guest_viommu=inner.viommu,
         append=options.append,
+    )
+
+
+def project_hash() -> str:
+    """Names the Python of this checkout: every file of the package counts."""
+    package = Path(__file__).parent
+    files = sorted([*package.rglob("*.py"), *package.rglob("*.toml")])
+    return cache.digest(
+        *(part for file in files for part in (str(file.relative_to(package)), file.read_bytes()))
     )
 
 

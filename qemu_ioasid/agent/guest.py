@@ -9,8 +9,7 @@ from qemu_ioasid.agent.arena import SIZE, Arena
 from qemu_ioasid.agent.hello import compiled_package, machine
 from qemu_ioasid.agent.iommufd import IOMMU
 from qemu_ioasid.agent.opendevice import OwnDevices
-from qemu_ioasid.agent.pci import DRIVER, functions, give_to_vfio
-from qemu_ioasid.agent.uapi.pdma import PDMA_PCI_DEVICE_ID, PDMA_PCI_VENDOR_ID
+from qemu_ioasid.agent.pci import DRIVER, give_to_vfio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,8 +24,8 @@ BIND_BASE = 1 << 32
 
 # fmt: off
 OPERATIONS = (
-    "hello", "pci_devices", "arena", "nonce", "fill", "write", "read", "watch", "changes",
-    "device_open", "device_close", "iova_ranges", "ioas_map", "ioas_unmap", "bind_request",
+    "hello", "arena", "nonce", "fill", "write", "read", "watch", "changes",
+    "device_open", "device_close", "ioas_map", "ioas_unmap", "bind_request",
     "bound", "unbound", "bindings",
 )
 # fmt: on
@@ -71,10 +70,6 @@ class Guest:
             "hugetlb": os.path.exists("/sys/kernel/mm/hugepages/hugepages-2048kB"),
         }
         return machine("guest", kernel)
-
-    def pci_devices(self) -> list[str]:
-        """The addresses of this guest's pdma functions."""
-        return functions(PDMA_PCI_VENDOR_ID, PDMA_PCI_DEVICE_ID)
 
     # --- the arena ----------------------------------------------------------------------
 
@@ -129,11 +124,6 @@ class Guest:
     def device_close(self, name: str) -> None:
         """Closes a device; its mappings are gone."""
         self._own.close_one(name)
-
-    def iova_ranges(self, name: str) -> list[tuple[int, int]]:
-        """The usable IOVAs of the device's own address space, (first, last) inclusive."""
-        opened = self._own.get(name)
-        return opened.iommufd.ioas_iova_ranges(opened.ioas)
 
     def ioas_map(
         self, name: str, iova: int, offset: int, length: int, writeable: bool = True

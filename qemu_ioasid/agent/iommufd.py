@@ -6,7 +6,6 @@ ioctls: include/uapi/linux/iommufd.h; behaviour: drivers/iommu/iommufd/ioas.c.
 from __future__ import annotations
 
 import ctypes
-import errno
 
 from qemu_ioasid.agent.descriptor import Descriptor
 from qemu_ioasid.agent.uapi import iommufd as uapi
@@ -93,26 +92,6 @@ class Iommufd:
         )
         self.descriptor.ioctl(uapi.IOMMU_IOAS_UNMAP, argument)
         return int(argument.length)
-
-    def ioas_iova_ranges(self, ioas: int) -> list[tuple[int, int]]:
-        """The usable IOVAs as (first, last), both inclusive."""
-        count = 8
-        while True:
-            array = (uapi.iommu_iova_range * count)()
-            argument = uapi.iommu_ioas_iova_ranges(
-                size=ctypes.sizeof(uapi.iommu_ioas_iova_ranges),
-                ioas_id=ioas,
-                num_iovas=count,
-                allowed_iovas=ctypes.addressof(array),
-            )
-            try:
-                self.descriptor.ioctl(uapi.IOMMU_IOAS_IOVA_RANGES, argument)
-            except OSError as error:
-                if error.errno != errno.EMSGSIZE:
-                    raise
-                count = int(argument.num_iovas)
-                continue
-            return [(int(r.start), int(r.last)) for r in array[: argument.num_iovas]]
 
     def close(self) -> None:
         """Closes the fd. A device bound to it keeps its address spaces alive."""

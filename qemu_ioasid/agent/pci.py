@@ -1,4 +1,4 @@
-"""PCI functions in sysfs: finding them, handing them to vfio-pci."""
+"""PCI functions in sysfs: handing them to vfio-pci."""
 
 from __future__ import annotations
 
@@ -8,19 +8,6 @@ from qemu_ioasid.agent.mdev import write_attribute
 from qemu_ioasid.agent.vfio import PCI_DEVICES
 
 DRIVER = "vfio-pci"
-
-
-def functions(vendor: int, device: int) -> list[str]:
-    """The addresses ("0000:00:05.0") of the functions with this identity, in order."""
-    found = []
-    for address in sorted(os.listdir(PCI_DEVICES)):
-        identity = []
-        for attribute in ("vendor", "device"):
-            with open(f"{PCI_DEVICES}/{address}/{attribute}") as file:
-                identity.append(int(file.read(), 16))
-        if identity == [vendor, device]:
-            found.append(address)
-    return found
 
 
 def give_to_vfio(address: str) -> str:

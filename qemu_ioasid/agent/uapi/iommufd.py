@@ -10,14 +10,12 @@ IOMMUFD_TYPE = ord(";")
 
 IOMMUFD_CMD_DESTROY = 0x80
 IOMMUFD_CMD_IOAS_ALLOC = 0x81
-IOMMUFD_CMD_IOAS_IOVA_RANGES = 0x84
 IOMMUFD_CMD_IOAS_MAP = 0x85
 IOMMUFD_CMD_IOAS_UNMAP = 0x86
 IOMMUFD_CMD_IOAS_MAP_FILE = 0x8F
 
 IOMMU_DESTROY = _IO(IOMMUFD_TYPE, IOMMUFD_CMD_DESTROY)
 IOMMU_IOAS_ALLOC = _IO(IOMMUFD_TYPE, IOMMUFD_CMD_IOAS_ALLOC)
-IOMMU_IOAS_IOVA_RANGES = _IO(IOMMUFD_TYPE, IOMMUFD_CMD_IOAS_IOVA_RANGES)
 IOMMU_IOAS_MAP = _IO(IOMMUFD_TYPE, IOMMUFD_CMD_IOAS_MAP)
 IOMMU_IOAS_UNMAP = _IO(IOMMUFD_TYPE, IOMMUFD_CMD_IOAS_UNMAP)
 IOMMU_IOAS_MAP_FILE = _IO(IOMMUFD_TYPE, IOMMUFD_CMD_IOAS_MAP_FILE)
@@ -33,21 +31,6 @@ class iommu_destroy(Structure):
 
 class iommu_ioas_alloc(Structure):
     _fields_ = [("size", c_uint32), ("flags", c_uint32), ("out_ioas_id", c_uint32)]
-
-
-class iommu_iova_range(Structure):
-    _fields_ = [("start", c_uint64), ("last", c_uint64)]
-
-
-class iommu_ioas_iova_ranges(Structure):
-    _fields_ = [
-        ("size", c_uint32),
-        ("ioas_id", c_uint32),
-        ("num_iovas", c_uint32),
-        ("__reserved", c_uint32),
-        ("allowed_iovas", c_uint64),
-        ("out_iova_alignment", c_uint64),
-    ]
 
 
 class iommu_ioas_map(Structure):
