@@ -35,11 +35,11 @@ def _base() -> Path:
     )
     try:
         base.mkdir(mode=0o700, exist_ok=True)
-        found = base.lstat()
     except OSError as error:
         raise RequirementError(
             f"{base}: {error.strerror}; make room, or set XDG_RUNTIME_DIR to a folder of yours"
         ) from None
+    found = base.lstat()
     if (
         not stat.S_ISDIR(found.st_mode)
         or found.st_uid != os.getuid()
@@ -51,6 +51,14 @@ def _base() -> Path:
     return base
 
 
+def _held_base() -> tuple[Path, int]:
+    while True:
+        # Another run's end may remove it at any moment before it is held.
+        with contextlib.suppress(FileNotFoundError):
+            base = _base()
+            return base, reaper.hold(str(base))
+
+
 class Run:
     """This orchestrator's run folder, its token and its keeper. See `reaper`.
 
@@ -58,12 +66,10 @@ class Run:
     """
 
     def __init__(self) -> None:
-        base = _base()
+        base, making = _held_base()
         self.token = secrets.token_hex(6)
         self.folder = base / self.token
-        making = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(making, fcntl.LOCK_EX)
             self.swept = reaper.sweep_abandoned(str(base))
             self.folder.mkdir(mode=0o700)
             lock = os.open(self.folder / reaper.LOCK, os.O_RDWR | os.O_CREAT, 0o600)

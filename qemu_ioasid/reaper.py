@@ -101,12 +101,40 @@ def sweep_abandoned(base: str) -> list[str]:
     return swept
 
 
+def hold(base: str) -> int:
+    """Lock the folder of all run folders; returns the descriptor that holds it.
+
+    Raises FileNotFoundError when there is none, or it was removed meanwhile.
+    """
+    fd = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        # Whoever had the lock before may have been the last, and have removed it.
+        if not os.path.samestat(os.fstat(fd), os.stat(base)):
+            raise FileNotFoundError(base)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def remove_if_last(base: str) -> None:
+    """Remove the folder of all run folders when no run is left in it."""
+    with contextlib.suppress(OSError):
+        fd = hold(base)
+        try:
+            os.rmdir(base)
+        finally:
+            os.close(fd)
+
+
 def _keep(folder: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     while os.read(0, 4096):
         pass
     sweep(folder)
+    remove_if_last(os.path.dirname(folder))
 
 
 if __name__ == "__main__":

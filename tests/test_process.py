@@ -122,11 +122,12 @@ def test_kill_9_leaves_nothing(tmp_path: Path) -> None:
     )
     out, _ = dying.communicate(timeout=20)
     assert dying.returncode == -signal.SIGKILL
-    *pids, scratch, folder = out.split()
+    *pids, keeper, scratch, folder = out.split()
     for pid in map(int, pids):
         assert gone(pid)
+    assert gone(int(keeper))
     assert not Path(scratch).exists()
-    assert not Path(folder).exists()
+    assert not Path(folder).parent.exists()
 
 
 def test_next_start_sweeps_what_lost_its_keeper_too(tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_a_live_run_is_not_swept(tmp_path: Path) -> None:
     living.communicate("\n", timeout=20)
     assert living.returncode == 0
     assert gone(pid)
-    assert not list((tmp_path / "qemu_ioasid").iterdir())
+    assert not (tmp_path / "qemu_ioasid").exists()
 
 
 def test_someone_elses_base_folder_is_refused(tmp_path: Path) -> None:
@@ -195,3 +196,17 @@ def test_marked_finds_only_its_own_token() -> None:
     with process.spawn(["sleep", "1000"]) as child:
         assert child.pid in reaper.marked(process.current_run().token)
         assert reaper.marked("0" * 12) == []
+
+
+def test_many_runs_at_once_share_the_base_folder(tmp_path: Path) -> None:
+    """Each start may meet another's end, which removes the folder of all."""
+    body = """
+    for _ in range(20):
+        process.current_run()
+        process.close_run()
+    """
+    runs = [orchestrator(tmp_path, body) for _ in range(6)]
+    for run in runs:
+        run.communicate(timeout=60)
+        assert run.returncode == 0
+    assert not (tmp_path / "qemu_ioasid").exists()
