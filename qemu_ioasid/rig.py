@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from qemu_ioasid import ssh
-from qemu_ioasid.client import Pending
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.console import Console
 from qemu_ioasid.deadline import Deadline, calibration
@@ -151,10 +150,6 @@ class Rig:
         """What follows an unregistration: the guest is told, the address space destroyed."""
         self.guests[binding.guest].agent.call("unbound", name=binding.device, pasid=binding.pasid)
         self.registrar.destroy(binding.guest, binding.ioas)
-
-    def unbind_start(self, binding: Binding) -> Pending:
-        """Begin to unregister; `forget` is the caller's when it has ended."""
-        return self.registrar.unregister_start(binding.device, binding.pasid)
 
     @property
     def consoles(self) -> list[Console]:
