@@ -24,6 +24,7 @@ from qemu_ioasid.qemu import ACCELERATORS
 from qemu_ioasid.report import VERDICTS, Report, table
 from qemu_ioasid.scenarios import SCENARIOS
 from qemu_ioasid.session import Options, Output, Terminated
+from qemu_ioasid.standby import Start
 
 EXIT_CODES = "\n".join(f"  {code:3}  {text}" for code, text in VERDICTS.items())
 #: How often progress is told where it cannot overwrite itself.
@@ -127,6 +128,12 @@ def _add_run(
     run.add_argument(
         "--append", default="", metavar="ARGS", help="more for the host VM's kernel command line"
     )
+    run.add_argument(
+        "--cold", action="store_true", help="boot the rig, whether it was saved before or not"
+    )
+    run.add_argument(
+        "--verify", action="store_true", help="compare every byte of a saved rig before trusting it"
+    )
     run.set_defaults(handler=_run)
 
 
@@ -155,6 +162,7 @@ def _run(arguments: argparse.Namespace) -> int:
         kernel=_spec(arguments),
         report=arguments.report,
         append=arguments.append,
+        start=Start(cold=arguments.cold, verify=arguments.verify),
     )
     report = session.run(options, output)
     if arguments.json:

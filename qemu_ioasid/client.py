@@ -1,70 +1,29 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The orchestrator's end of an agent: calls by name, answers by number, over one channel.
 
-The agent (`qemu_ioasid.agent`) is sent over the channel itself and leaves
-nothing in the VM's image. Its operations and their arguments are listed in
-docs/agent.md.
+The agent (`qemu_ioasid.agent`) has a virtio-serial port of its own in its VM.
+Its operations and their arguments are listed in docs/agent.md.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import errno
-import functools
-import io
 import json
+import math
+import socket
+import struct
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qemu_ioasid import cache
-from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.errors import AgentError, CallFailed, ConnectionLost, DeadlineExceeded
-from qemu_ioasid.ssh import Ssh, bounded
-
-# -I -S: nothing but the standard library and the archive is ever imported.
-_BOOTSTRAP = """
-import os, sys
-left = {size}
-archive = os.memfd_create("agent")
-while left:
-    data = os.read(0, left)
-    if not data: sys.exit("agent: no archive")
-    os.write(archive, data)
-    left -= len(data)
-sys.path.insert(0, "/proc/self/fd/%d" % archive)
-from qemu_ioasid.agent.server import main
-main("{role}")
-"""
 
 #: What an operation may take that says nothing else, in seconds of the reference machine.
 CALL_SECONDS = 45.0
-
-
-@functools.cache
-def archive() -> bytes:
-    """The agent as a zip file, the same bytes for the same sources."""
-    package = Path(__file__).parent
-    files = sorted([package / "__init__.py", *package.glob("agent/**/*.py")])
-    return _packed({str(file.relative_to(package.parent)): file.read_bytes() for file in files})
-
-
-def _packed(files: dict[str, bytes]) -> bytes:
-    out = io.BytesIO()
-    # Inflating costs a VM less than decrypting three times as much.
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as target:
-        for name, data in files.items():
-            target.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
-    return out.getvalue()
-
-
-def agent_hash() -> str:
-    """Names the agent's code in a report."""
-    return cache.digest(archive())
 
 
 class Pending:
@@ -177,7 +136,8 @@ class Agent:
         if pending is not None:
             pending._finish(message)
 
-    def _lose(self) -> None:
+    def lose(self) -> None:
+        """The agent is gone, as far as its VM is known to be: every wait on it ends."""
         with self._lock:
             self._lost = True
             pending, self._pending = self._pending, {}
@@ -195,67 +155,28 @@ def _read(agent: Agent, recv: Callable[[int], bytes]) -> None:
                 for line in lines:
                     agent._take(line.decode())
     finally:
-        agent._lose()
-
-
-def _compiled_path(image: str) -> Path:
-    return cache.entry("agent", cache.digest(archive(), image)) / "agent.zip"
-
-
-def _keep_compiled(agent: Agent, image: str, deadline: Deadline) -> None:
-    """Have the VM's own Python compile the agent: under TCG that takes longer than it runs."""
-    path = _compiled_path(image)
-    compiled = base64.b64decode(agent.call("compiled_package", deadline=deadline)["zip"])
-    with zipfile.ZipFile(io.BytesIO(compiled)) as package:
-        data = _packed({name: package.read(name) for name in package.namelist()})
-    cache.get_or_build(
-        "agent",
-        path.parent.name,
-        lambda folder: (folder / path.name).write_bytes(data),
-        deadline=deadline,
-    )
+        agent.lose()
 
 
 @contextlib.contextmanager
-def start(
-    ssh: Ssh, role: str, name: str, image: str, log: Path, deadline: Deadline
-) -> Iterator[Agent]:
-    """Start the agent as *role* ("host" or "guest") and wait until it says so.
+def attach(stream: socket.socket, name: str, log: Path) -> Iterator[Agent]:
+    """The agent behind *stream*, a connected socket that is taken over.
 
-    *image* is the hash of the VM's image, whose Python the agent is compiled
-    for once. Its standard error goes to *log* beside what is said both ways.
-    Raises ConnectionLost when it does not start, DeadlineExceeded.
+    What is said both ways goes to *log*. A request that the VM does not read ends
+    with ConnectionLost after `CALL_SECONDS`.
     """
-    compiled = _compiled_path(image)
-    known = compiled.exists()
-    code = compiled.read_bytes() if known else archive()
-    bootstrap = _BOOTSTRAP.format(size=len(code), role=role)
-    channel = ssh.run(f"exec python3 -I -S -c '{bootstrap}'", deadline)
-    agent = Agent(name, channel.sendall, log)
-
-    def errors() -> None:
-        with contextlib.suppress(OSError):
-            while data := channel.recv_stderr(65536):
-                for line in data.decode(errors="replace").splitlines():
-                    agent._write_log("!", line)
-
-    threads = [
-        threading.Thread(target=_read, args=(agent, channel.recv), daemon=True),
-        threading.Thread(target=errors, daemon=True),
-    ]
+    seconds = calibration() * CALL_SECONDS
+    # Of the socket's options this one bounds sendall() alone: the reader waits for ever.
+    stream.setsockopt(
+        socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", math.ceil(seconds), 0)
+    )
+    agent = Agent(name, stream.sendall, log)
+    reader = threading.Thread(target=_read, args=(agent, stream.recv), daemon=True)
+    reader.start()
     try:
-        for thread in threads:
-            thread.start()
-        try:
-            with bounded(channel, deadline):
-                channel.sendall(code)
-        except OSError:
-            raise ConnectionLost(f"{name}: the agent did not start") from None
-        agent.wait_ready(deadline)
-        if not known:
-            _keep_compiled(agent, image, deadline)
         yield agent
     finally:
-        channel.close()
-        for thread in threads:
-            thread.join(5)
+        with contextlib.suppress(OSError):
+            stream.shutdown(socket.SHUT_RDWR)
+        reader.join(5)
+        stream.close()

@@ -170,7 +170,8 @@ def _make(
     _keep(whole, tree, root, deadline)
     shutil.rmtree(tree, ignore_errors=True)
     _add(whole, root, deadline)
-    _compile(whole, root, deadline)
+    modules = whole["compile"]
+    compile_tree(root, whole["python"], root / modules, f"/{modules}", deadline=deadline)
     _set_modes(root)
     disk = folder / f"{name}.erofs"
     erofs.pack(root, disk, deadline=deadline)
@@ -284,13 +285,19 @@ def _set_modes(root: Path) -> None:
             path.chmod(0o755 if path.stat().st_mode & 0o111 else 0o644)
 
 
-def _compile(whole: dict[str, Any], root: Path, deadline: Deadline) -> None:
-    """Byte code beside each module; unchecked, since the files in an image never change."""
+def compile_tree(
+    root: Path, python: str, tree: Path, prefix: str, *options: str, deadline: Deadline
+) -> None:
+    """Byte code beside each module of *tree*, by *root*'s own *python*.
+
+    Unchecked, since the files in an image never change. Tracebacks name a file
+    by its path below *tree*, with *prefix* before it. *options* are compileall's.
+    """
     # One process, one order, one hash seed: the same sources give the same bytes.
-    flags = ["-q", "-f", "-j1", "--invalidation-mode=unchecked-hash", "-s", str(root), "-p", "/"]
-    python = [*in_root(root, whole["python"]), "-s", "-S", "-m", "compileall"]
+    flags = ["-q", "-f", "-j1", "--invalidation-mode=unchecked-hash", "-s", str(tree), "-p", prefix]
+    program = [*in_root(root, python), "-s", "-S", "-m", "compileall"]
     process.run(
-        [*python, *flags, str(root / whole["compile"])],
+        [*program, *flags, *options, str(tree)],
         env={"PYTHONHOME": str(root / "usr"), "PYTHONPATH": "", "PYTHONHASHSEED": "0"},
         deadline=deadline,
     )

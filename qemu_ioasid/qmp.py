@@ -14,7 +14,7 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qemu.qmp import ExecuteError, QMPClient, QMPError
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConnectionLost, InfrastructureError
@@ -72,10 +72,51 @@ class Qmp:
                 file.write(json.dumps(record) + "\n")
         return value
 
+    def migrate(self, target: str, capabilities: dict[str, bool], deadline: Deadline) -> None:
+        """Save the VM to *target* (``file:PATH``); afterwards it is stopped, until "cont".
+
+        Raises CommandFailed with QEMU's reason; the VM then runs on.
+        """
+        wanted = [
+            {"capability": name, "state": state}
+            for name, state in {**capabilities, "events": True}.items()
+        ]
+        self.execute("migrate-set-capabilities", deadline, capabilities=wanted)
+        with self._client.listener("MIGRATION") as events:
+            self.execute("migrate", deadline, uri=target)
+            ended = _wait(_migrated(self._client, events), deadline)
+        if ended != "completed":
+            told = self.execute("query-migrate", deadline)
+            raise CommandFailed(
+                f"{self._name}: QMP migrate: {ended}: {told.get('error-desc', 'no reason given')}"
+            )
+
     def monitor(self, line: str, deadline: Deadline) -> str:
         """The output of a human monitor command, for what QMP does not show."""
         text: str = self.execute("human-monitor-command", deadline, **{"command-line": line})
         return text
+
+
+async def _migrated(client: QMPClient, events: EventListener) -> str:
+    async def ended() -> str:
+        async for event in events:
+            data: Any = event["data"]
+            status = str(data["status"])
+            if status in ("completed", "failed", "cancelled"):
+                return status
+        return "ended"
+
+    async def lost() -> str:
+        await client.runstate_changed()
+        return "QEMU went away"
+
+    tasks = [asyncio.ensure_future(ended()), asyncio.ensure_future(lost())]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return done.pop().result()
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _log_events(client: QMPClient, log: Path) -> None:

@@ -11,21 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qemu_ioasid import ssh
+from qemu_ioasid import guestvm, hostvm, snapshot
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.console import Console
 from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.errors import ConfigurationError, ConnectionLost, RequirementError
-from qemu_ioasid.machine import (
-    HostMachine,
-    HostParts,
-    Machine,
-    boot_guest,
-    boot_host,
-    device_address,
-    make_keys,
-)
+from qemu_ioasid.guestvm import GuestMachine
+from qemu_ioasid.hostvm import HostMachine, HostParts
 from qemu_ioasid.registrar import Registrar
+from qemu_ioasid.snapshot import Memory, Snapshot
 
 #: What the host VM's agent asks its kernel for, and the option that gives it.
 FEATURES = {
@@ -37,6 +31,8 @@ FEATURES = {
     "userfaultfd": "CONFIG_USERFAULTFD",
 }
 
+#: From QEMU's start to the last agent's first reply, in seconds of the reference machine.
+RESTORE_SECONDS = 30.0
 #: How long after a connection ended a console may still bring the reason.
 LAST_WORDS_SECONDS = 1.5
 
@@ -67,16 +63,21 @@ class Binding:
 class Guest:
     """A booted guest, its arena and its devices, which are open in it."""
 
-    def __init__(self, machine: Machine, mdevs: tuple[str, ...]) -> None:
+    def __init__(
+        self, machine: GuestMachine, mdevs: tuple[str, ...], arena: dict[str, int] | None = None
+    ) -> None:
+        """*arena* is what an earlier rig of this state was told; without it, all is made now."""
         self.machine = machine
         self.name = machine.name
         self.agent = machine.agent
         self.mdevs = mdevs
-        arena = self.agent.call("arena")
+        if arena is None:
+            arena = self.agent.call("arena")
+            for index, mdev in enumerate(mdevs):
+                self.agent.call("device_open", name=mdev, bdf=guestvm.device_address(index))
+        self.arena = arena
         self.gpa: int = arena["gpa"]
         self.size: int = arena["size"]
-        for index, mdev in enumerate(mdevs):
-            self.agent.call("device_open", name=mdev, bdf=device_address(index))
 
     def submit(self, device: str, *work: Descriptor, seconds: float = 20) -> list[Completion]:
         """Have *device* do *work*; the completion records in order, refusals included."""
@@ -107,9 +108,10 @@ class Guest:
 class Rig:
     """A running rig. The kernel under test is the host VM's."""
 
-    def __init__(self, config: RigConfig, host: HostMachine) -> None:
+    def __init__(self, config: RigConfig, host: HostMachine, logs: Path) -> None:
         self.config = config
         self.host = host
+        self.logs = logs
         self.registrar = Registrar(host.agent)
         self.mdevs: dict[str, str] = {}
         self.guests: dict[str, Guest] = {}
@@ -165,6 +167,37 @@ class Rig:
         """SIGKILL the guest's QEMU; its devices are closed when this returns."""
         self.host.agent.call("guest_stop", name=name)
 
+    def known(self) -> dict[str, Any]:
+        """What `restore` must know of a rig that was saved as it is now."""
+        guests = {
+            name: {
+                "hello": guest.machine.hello,
+                "sockets": guest.machine.sockets,
+                "arena": guest.arena,
+            }
+            for name, guest in self.guests.items()
+        }
+        return {"hello": self.host.hello, "mdevs": self.mdevs, "guests": guests}
+
+    def disconnect(self) -> None:
+        """End QMP and SSH of all VMs: a rig that is saved believes in no connection."""
+        for guest in self.guests.values():
+            guest.machine.disconnect()
+        self.host.disconnect()
+
+    def dismantle(self) -> None:
+        """Stop the guests and remove the mdevs: what a host does at its end, and may break at.
+
+        Raises KernelBroke when the kernel does not let go of them.
+        """
+        for name in self.guests:
+            guestvm.stop(self.host, name, self.logs)
+        self.guests.clear()
+        for name in self.mdevs:
+            self.host.agent.call("mdev_remove", name=name)
+        self.mdevs.clear()
+        self.check_consoles()
+
 
 def check_accelerator(config: RigConfig, accelerator: str) -> None:
     """Refuse, with ConfigurationError, what is known to kill guests under *accelerator*."""
@@ -183,35 +216,70 @@ def _check_features(host: HostMachine) -> None:
         )
 
 
+#: Times a step of a rig's start.
+Phase = Callable[[str], contextlib.AbstractContextManager[None]]
+
+
 @contextlib.contextmanager
 def boot(
-    config: RigConfig,
-    parts: HostParts,
-    phase: Callable[[str], contextlib.AbstractContextManager[None]],
-    logs: Path,
+    config: RigConfig, parts: HostParts, phase: Phase, logs: Path, memory: Memory | None = None
 ) -> Iterator[Rig]:
     """Boot the host VM, then all guests at once; everything ends with the block.
 
-    *phase* times a step. When the block ends without an exception, a report on any
-    console raises KernelBroke; when it ends with one, such a report replaces
-    it, since it is the cause.
+    When the block ends without an exception, a report on any console raises
+    KernelBroke; when it ends with one, such a report replaces it, since it is
+    the cause.
     """
-    client_key = ssh.generate()
+    if memory is None:
+        memory = snapshot.anonymous(config.host.memory)
     with contextlib.ExitStack() as stack:
         with phase("boot the host VM"):
-            host = stack.enter_context(
-                boot_host(parts, config.host, config.guests, make_keys(client_key), logs)
-            )
-        rig = Rig(config, host)
+            host = stack.enter_context(hostvm.boot(parts, config.host, config.guests, memory, logs))
+        rig = Rig(config, host, logs)
         stack.enter_context(_console_verdict(rig))
         _check_features(host)
         with phase("create the mdevs"):
-            stack.enter_context(_mdevs(rig))
-        with phase(f"boot {len(config.guests)} guests in it"):
-            machines = stack.enter_context(_all_guests(rig, parts, client_key, logs))
-        with phase("open the devices in the guests"):
-            for name, machine in machines.items():
-                rig.guests[name] = Guest(machine, config.guests[name].mdevs)
+            for name in config.mdevs:
+                rig.mdevs[name] = str(uuid.uuid4())
+                host.agent.call("mdev_create", name=name, uuid=rig.mdevs[name])
+        if config.guests:
+            with phase(f"boot {len(config.guests)} guests in it"):
+                machines = stack.enter_context(_all_guests(rig, parts))
+            with phase("open the devices in the guests"):
+                for name, machine in machines.items():
+                    rig.guests[name] = Guest(machine, config.guests[name].mdevs)
+        yield rig
+
+
+@contextlib.contextmanager
+def restore(
+    config: RigConfig, parts: HostParts, saved: Snapshot, phase: Phase, logs: Path
+) -> Iterator[Rig]:
+    """A rig from a snapshot of one of the same configuration and parts, as `boot` gives it."""
+    known = saved.known["rig"]
+    with contextlib.ExitStack() as stack:
+        with phase("restore the rig"):
+            deadline = Deadline(RESTORE_SECONDS, "first reply of the restored agents")
+            host = stack.enter_context(
+                hostvm.run(parts, config.host, config.guests, saved.memory(), logs)
+            )
+            rig = Rig(config, host, logs)
+            stack.enter_context(_console_verdict(rig))
+            hostvm.wake({"host": host.agent, **host.guest_agents}, deadline)
+            host.hello, rig.mdevs = known["hello"], dict(known["mdevs"])
+            for name, told in known["guests"].items():
+                machine = stack.enter_context(
+                    GuestMachine(
+                        host,
+                        name,
+                        host.guest_consoles[name],
+                        host.guest_agents[name],
+                        told["sockets"],
+                        logs,
+                    )
+                )
+                machine.hello = told["hello"]
+                rig.guests[name] = Guest(machine, config.guests[name].mdevs, told["arena"])
         yield rig
 
 
@@ -231,38 +299,27 @@ def _console_verdict(rig: Rig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _mdevs(rig: Rig) -> Iterator[None]:
-    """Create the mdevs, and take them away again where the run came to its end."""
-    for name in rig.config.mdevs:
-        rig.mdevs[name] = str(uuid.uuid4())
-        rig.host.agent.call("mdev_create", name=name, uuid=rig.mdevs[name])
-    yield
-    for name in rig.config.mdevs:
-        rig.host.agent.call("mdev_remove", name=name)
-
-
-@contextlib.contextmanager
-def _all_guests(
-    rig: Rig, parts: HostParts, client_key: ssh.KeyPair, logs: Path
-) -> Iterator[dict[str, Machine]]:
+def _all_guests(rig: Rig, parts: HostParts) -> Iterator[dict[str, GuestMachine]]:
     """All guests, booted side by side, each on a thread and ended on this one."""
 
-    def enter(name: str, stack: contextlib.ExitStack) -> Machine:
+    def enter(name: str, stack: contextlib.ExitStack) -> GuestMachine:
+        config = rig.config.guests[name]
         return stack.enter_context(
-            boot_guest(
+            guestvm.boot(
                 rig.host,
-                parts,
                 name,
-                rig.config.guests[name],
+                config,
+                guestvm.argv(name, config, parts.guest_viommu, rig.mdevs),
                 rig.mdevs,
-                make_keys(client_key),
-                logs,
+                rig.host.guest_consoles[name],
+                rig.host.guest_agents[name],
+                rig.logs,
             )
         )
 
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(max(1, len(rig.config.guests))))
-        futures: dict[str, Future[Machine]] = {}
+        futures: dict[str, Future[GuestMachine]] = {}
         try:
             for name in rig.config.guests:
                 own = stack.enter_context(contextlib.ExitStack())

@@ -12,15 +12,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qemu_ioasid import cache, client, config, image, kernel, qemu, rig
+from qemu_ioasid import agentdisk, cache, config, image, kernel, qemu, rig, standby
 from qemu_ioasid.cache import explained
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, RigError
-from qemu_ioasid.machine import HostParts
+from qemu_ioasid.hostvm import HostParts
 from qemu_ioasid.qemu import Qemu
 from qemu_ioasid.report import Report
 from qemu_ioasid.scenarios import SCENARIOS
+from qemu_ioasid.standby import Start
 
 #: A clean build, of the reference machine with other work on it.
 BUILD_SECONDS = 3000.0
@@ -42,6 +43,7 @@ class Options:
     report: Path | None = None
     #: Added to the host VM's kernel command line.
     append: str = ""
+    start: Start = field(default_factory=Start)
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,12 @@ def build(options: Options, configuration: RigConfig, output: Output, report: Re
             name: image.build(name, deadline=deadline, progress=output.progress)
             for name in ("host", "guest")
         }
+        agent = agentdisk.build(images["guest"], deadline=deadline)
         argv, env = private_qemu(output)
         inner = qemu.probe(argv, env, Deadline(60, "answers of the guests' QEMU"))
     report.versions.update(
         project={"version": importlib.metadata.version("qemu_ioasid"), "hash": project_hash()},
-        agent=client.agent_hash(),
+        agent=agentdisk.sources_hash(),
         kernel={"release": built.release, "source": built.source, "hash": built.hash},
         guests_kernel={"release": inner_kernel.release, "hash": inner_kernel.hash},
         series=built.series_hash,
@@ -116,10 +119,13 @@ def build(options: Options, configuration: RigConfig, output: Output, report: Re
         qemu=found,
         accelerator=accelerator,
         kernel=built.image,
-        image=images["host"].path,
-        image_hash=images["host"].hash,
-        disks={"kernel": inner_kernel.disk, "guest": images["guest"].path},
-        guest_image_hash=images["guest"].hash,
+        disks={
+            "root": images["host"].path,
+            "agent": agent,
+            "modules": built.modules,
+            "kernel": inner_kernel.disk,
+            "guest": images["guest"].path,
+        },
         guest_viommu=inner.viommu,
         append=options.append,
     )
@@ -176,8 +182,12 @@ def run(options: Options, output: Output) -> Report:
     report = Report(folder, options.scenario, output.say, rig=configuration.text)
     try:
         parts = build(options, configuration, output, report)
-        with rig.boot(configuration, parts, report.phase, folder) as running:
+        with standby.start(
+            configuration, parts, options.start, report.phase, output.say, folder
+        ) as running:
             scenario.run(running, report)
+            with report.phase("take it apart"):
+                running.dismantle()
         report.exit_code = 1 if report.failed else 0
     except RigError as error:
         report.fail(error.exit_code, error.message, error.evidence)

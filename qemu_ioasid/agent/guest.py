@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import ExitStack
 
 from qemu_ioasid.agent.arena import SIZE, Arena
-from qemu_ioasid.agent.hello import compiled_package, machine
+from qemu_ioasid.agent.common import Common
+from qemu_ioasid.agent.hello import machine
 from qemu_ioasid.agent.iommufd import IOMMU
 from qemu_ioasid.agent.opendevice import OwnDevices
 from qemu_ioasid.agent.pci import DRIVER, give_to_vfio
@@ -44,9 +46,10 @@ class Guest:
         self._arena: Arena | None = None
         self._watch: Watch | None = None
         self._bindings: dict[tuple[str, int], Json] = {}
+        self._common = Common()
         self.operations: Mapping[str, Callable[..., Any]] = {
             **{name: getattr(self, name) for name in OPERATIONS},
-            "compiled_package": compiled_package,
+            **self._common.operations,
             "submit": self._own.submit,
             "submit_start": self._own.submit_start,
             "submit_wait": self._own.submit_wait,
@@ -56,11 +59,11 @@ class Guest:
 
     def close(self) -> None:
         """Closes the devices and frees the arena."""
-        try:
-            self._own.close()
-        finally:
+        with ExitStack() as stack:
             if self._arena:
-                self._arena.close()
+                stack.callback(self._arena.close)
+            stack.callback(self._own.close)
+            stack.callback(self._common.close)
 
     def hello(self) -> Json:
         """The machine, and the features the agent needs of its kernel."""

@@ -28,15 +28,3 @@ def executable(name: str) -> str | None:
         if os.access(path, os.X_OK):
             return path
     return None
-
-
-def compiled_package() -> dict[str, str]:
-    """The package this agent runs from, compiled by its Python: a zip in base64.
-
-    Raises LookupError when the agent does not run from a zip of sources.
-    """
-    from binascii import b2a_base64
-
-    from qemu_ioasid.agent.package import compiled, running_from
-
-    return {"zip": b2a_base64(compiled(running_from()), newline=False).decode()}

@@ -9,9 +9,10 @@ import threading
 from contextlib import ExitStack, suppress
 
 from qemu_ioasid.agent import kernellist, mdev
+from qemu_ioasid.agent.common import Common
 from qemu_ioasid.agent.deadline import wait_for
 from qemu_ioasid.agent.guestvm import GuestVm
-from qemu_ioasid.agent.hello import compiled_package, executable, machine
+from qemu_ioasid.agent.hello import executable, machine
 from qemu_ioasid.agent.iommufd import IOMMU, Iommufd
 from qemu_ioasid.agent.opendevice import OwnDevices
 from qemu_ioasid.agent.registrar import Registrar
@@ -67,9 +68,10 @@ class Host:
         self._handles = itertools.count(1)
         self._trace: AccessTrace | None = None
         self._spawner: Spawner | None = None
+        self._common = Common()
         self.operations: Mapping[str, Callable[..., Any]] = {
             **{name: getattr(self, name) for name in OPERATIONS},
-            "compiled_package": compiled_package,
+            **self._common.operations,
             "device_submit": self._own.submit,
             "device_reset": self._own.reset,
             "device_registers": self._own.registers,
@@ -91,6 +93,7 @@ class Host:
                 stack.callback(self._trace.close)
             for slow in list(self._slow.values()):
                 stack.callback(slow.close)
+            stack.callback(self._common.close)
 
     # --- names --------------------------------------------------------------------------
 

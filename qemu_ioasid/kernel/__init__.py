@@ -27,7 +27,7 @@ from qemu_ioasid.kernel import make, options, source, tree
 
 PATCHES = Path(__file__).resolve().parents[2] / "kernel-patches"
 #: Changes with the way a kernel is made of the same inputs.
-_VERSION = "1"
+_VERSION = "2"
 _DEBUG = "debug"
 
 Progress = Callable[[str], None]
@@ -74,6 +74,11 @@ class Kernel:
     def disk(self) -> Path:
         """An erofs that holds `image` as ``/vmlinuz``: the host VM's way to its guests' kernel."""
         return self.folder / "kernel.erofs"
+
+    @property
+    def modules(self) -> Path:
+        """An erofs of this kernel's modules and ``order``, a list of them as they are loaded."""
+        return self.folder / "modules.erofs"
 
     @property
     def config(self) -> Path:
@@ -222,6 +227,12 @@ def _collect(built: make.Build, folder: Path, deadline: Deadline) -> None:
     with cache.scratch("kernel") as scratch:
         shutil.copy(folder / "vmlinux", scratch / "vmlinuz")
         erofs.pack(scratch, folder / "kernel.erofs", deadline=deadline)
+    with cache.scratch("kernel") as scratch:
+        modules = built.modules()
+        for module in modules:
+            shutil.copy(module, scratch)
+        (scratch / "order").write_text("".join(f"{module.name}\n" for module in modules))
+        erofs.pack(scratch, folder / "modules.erofs", deadline=deadline)
 
 
 def _not_headers(folder: str, names: list[str]) -> list[str]:

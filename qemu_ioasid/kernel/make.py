@@ -94,7 +94,7 @@ class Build:
         options.check(asked, (self.out / ".config").read_text())
 
     def compile(self, deadline: Deadline, progress: Progress) -> None:
-        """vmlinux and the user-space headers.
+        """vmlinux, the modules where the config has any, and the user-space headers.
 
         Raises ProcessFailed with the compiler's words as its message's end. A
         build that was interrupted, by SIGKILL even, is taken up where it ended.
@@ -103,10 +103,20 @@ class Build:
         counter = _Counter(progress, _USUAL_STEPS if whole else 0)
         with self._marked_unfinished():
             try:
-                self._make(["vmlinux"], deadline, counter.line)
+                self._make(self._targets(), deadline, counter.line)
             except ProcessFailed as failed:
                 raise _explained(failed, self.out / "build.log") from None
             self._make(["headers"], deadline)
+
+    def _targets(self) -> list[str]:
+        found = options.parse((self.out / ".config").read_text())
+        return ["vmlinux", *(["modules"] if found.get("CONFIG_MODULES") == "y" else [])]
+
+    def modules(self) -> list[Path]:
+        """The modules, in an order in which they can be loaded: the link order of the kernel."""
+        order = self.out / "modules.order"
+        names = order.read_text().split() if "modules" in self._targets() else []
+        return [(self.out / name).with_suffix(".ko") for name in names]
 
     def release(self) -> str:
         """What ``uname -r`` will say."""
@@ -152,7 +162,7 @@ def _remove_torn(out: Path) -> None:
     """Remove outputs whose command was not recorded after them: a kill may have cut them short."""
     for folder, _, names in os.walk(out):
         for name in names:
-            if not name.endswith((".o", ".a", ".so", ".dbg")) and "vmlinux" not in name:
+            if not name.endswith((".o", ".a", ".so", ".dbg", ".ko")) and "vmlinux" not in name:
                 continue
             path = Path(folder, name)
             command = path.with_name(f".{name}.cmd")

@@ -14,7 +14,8 @@ from qemu_ioasid import vtd
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.errors import ConfigurationError
-from qemu_ioasid.machine import GUEST_FOLDER, Machine, device_address
+from qemu_ioasid.guestvm import device_address
+from qemu_ioasid.machine import Machine
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Guest, Rig, copy
 from qemu_ioasid.scenarios.acts import HALF, LENGTH, OWN_IOVA, SLOT, SOURCE_AT, TARGET_AT, Acts
@@ -102,7 +103,7 @@ class Isolation(Acts):
         deadline = Deadline(20, f"pmemsave in {guest.name}")
         nonce = guest.agent.call("nonce")["hex"]
         length = len(nonce) // 2
-        path = f"{GUEST_FOLDER}/{guest.name}.pmem"
+        path = f"/run/{guest.name}.pmem"
         guest.machine.qmp.execute("pmemsave", deadline, val=guest.gpa, size=length, filename=path)
         saved = self.rig.host.ssh.get(path, deadline).hex()
         in_file = self.rig.host.agent.call("read", guest=guest.name, gpa=guest.gpa, length=length)[

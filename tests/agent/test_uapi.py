@@ -18,6 +18,7 @@ HEADERS = {
     "userfaultfd": "linux/userfaultfd.h",
     "mman": "linux/mman.h",
     "prctl": "linux/prctl.h",
+    "random": "linux/random.h",
 }
 TYPES = {
     "uffd_msg_arg": "__typeof__(((struct uffd_msg *)0)->arg)",

@@ -26,5 +26,9 @@ def _IOR(type: int, nr: int, size: int) -> int:
     return _IOC(_IOC_READ, type, nr, size)
 
 
+def _IOW(type: int, nr: int, size: int) -> int:
+    return _IOC(_IOC_WRITE, type, nr, size)
+
+
 def _IOWR(type: int, nr: int, size: int) -> int:
     return _IOC(_IOC_READ | _IOC_WRITE, type, nr, size)

@@ -1,0 +1,39 @@
+"""What an agent does for its VM whatever its role."""
+
+from __future__ import annotations
+
+from qemu_ioasid.agent import wake
+from qemu_ioasid.agent.sshserver import SshServer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+
+class Common:
+    """Operations of both roles."""
+
+    def __init__(self) -> None:
+        self._ssh = SshServer()
+        self.operations: Mapping[str, Callable[..., Any]] = {
+            name: getattr(self, name) for name in ("wake", "ssh_start", "ssh_stop")
+        }
+
+    def wake(self, now: int, entropy: str) -> None:
+        """The VM was restored: no SSH connection of before is one, the time and chance are new."""
+        self._ssh.stop()
+        wake.set_clock(now)
+        wake.reseed(bytes.fromhex(entropy))
+
+    def ssh_start(self, host_key: str, authorized_keys: str) -> dict[str, int]:
+        """Serves one SSH connection on the port that is for it."""
+        return {"pid": self._ssh.start(bytes.fromhex(host_key), authorized_keys.encode())}
+
+    def ssh_stop(self) -> None:
+        """Ends the SSH connection, if there is one."""
+        self._ssh.stop()
+
+    def close(self) -> None:
+        """Ends what was started."""
+        self._ssh.stop()

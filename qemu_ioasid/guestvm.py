@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest inside the host VM: its QEMU's arguments, its boot, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qemu_ioasid import ssh
+from qemu_ioasid.client import Agent
+from qemu_ioasid.config import GuestConfig
+from qemu_ioasid.console import Console
+from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.errors import (
+    CallFailed,
+    ConnectionLost,
+    InfrastructureError,
+    KernelBroke,
+)
+from qemu_ioasid.machine import COMMAND_LINE, Dial, Ending, Machine, blamed, common_argv, disk_argv
+
+#: From QEMU's start to the first reply of the agent, in seconds of the reference machine.
+BOOT_SECONDS = 90.0
+
+#: Where the parts of a rig's guests are, inside the host VM.
+DISKS = {"root": "/run/disk/guest", "agent": "/run/disk/agent"}
+KERNEL = "/boot/vmlinuz"
+
+#: A guest's mdev number n sits at 0000:00:(FIRST_SLOT + n).0.
+FIRST_SLOT = 0x10
+
+
+def device_address(index: int) -> str:
+    """The PCI address, in the guest, of its mdev number *index*."""
+    return f"0000:00:{FIRST_SLOT + index:02x}.0"
+
+
+def argv(name: str, config: GuestConfig, known: frozenset[str], mdevs: dict[str, str]) -> list[str]:
+    """The guest's QEMU; *known* are its intel-iommu's properties, *mdevs* uuids by name.
+
+    What is in braces is for the host VM's agent to fill in (docs/agent.md, guest_start).
+    """
+    words = [
+        *("/usr/bin/qemu-system-x86_64", "-accel", "kvm", "-cpu", "host"),
+        *("-machine", "q35,kernel-irqchip=split,memory-backend=ram"),
+        *("-m", f"{config.memory >> 20}M"),
+        "-object",
+        f"memory-backend-file,id=ram,share=on,mem-path=/proc/self/fd/{{memory}},size={config.memory}",
+        *("-kernel", KERNEL, "-append", f"{COMMAND_LINE} hugepages=1 ROLE=guest"),
+        # These two ports of the host VM lead to the orchestrator, whatever becomes of this QEMU.
+        *("-chardev", f"file,id=console,path=/dev/virtio-ports/console.{name}"),
+        *("-chardev", f"pipe,id=agent,path=/dev/virtio-ports/agent.{name}"),
+        *("-chardev", "socket,id=qmp,fd={socket:qmp},server=on,wait=off"),
+        *("-chardev", "socket,id=ssh,fd={socket:ssh},server=on,wait=off"),
+        *common_argv(name, config.viommu.device(known), config.cpus),
+        *disk_argv(DISKS),
+        *("-object", "iommufd,id=iommufd0,fd={iommufd}"),
+    ]
+    for index, mdev in enumerate(config.mdevs):
+        words += [
+            "-device",
+            f"vfio-pci,id={mdev},fd={{device:{mdev}}},iommufd=iommufd0,"
+            f"sysfsdev=/sys/bus/mdev/devices/{mdevs[mdev]},addr={FIRST_SLOT + index:#x}",
+        ]
+    return words
+
+
+def _dial(host: Machine, name: str, sockets: dict[str, str]) -> Dial:
+    """The guest's ports are unix sockets in the host VM, reached through SSH to that."""
+
+    @contextlib.contextmanager
+    def dial(port: str, deadline: Deadline) -> Iterator[Any]:
+        command = f"exec socat -b 65536 - UNIX-CONNECT:{sockets[port]}"
+        with contextlib.closing(host.ssh.run(command, deadline)) as channel:
+            if port == "ssh":
+                yield channel
+            else:
+                with ssh.as_socket(channel, f"{name} {port}") as sock:
+                    yield sock
+
+    return dial
+
+
+class GuestMachine(Machine):
+    """A guest that runs; *sockets* are the paths of its ports in the host VM."""
+
+    def __init__(
+        self,
+        host: Machine,
+        name: str,
+        console: Console,
+        agent: Agent,
+        sockets: dict[str, str],
+        logs: Path,
+    ) -> None:
+        super().__init__(name, console, agent, _dial(host, name, sockets), logs)
+        self.sockets = sockets
+
+
+@contextlib.contextmanager
+def boot(
+    host: Machine,
+    name: str,
+    config: GuestConfig,
+    words: list[str],
+    mdevs: dict[str, str],
+    console: Console,
+    agent: Agent,
+    logs: Path,
+) -> Iterator[GuestMachine]:
+    """Boot guest *name* by *words* (`argv`) to its agent's first reply; it ends with the host VM.
+
+    Raises BootError, InfrastructureError.
+    """
+    deadline = Deadline(BOOT_SECONDS, f"first reply of {name}'s agent")
+    (logs / f"{name}.qemu.txt").write_text(shlex.join(words) + "\n")
+    with contextlib.ExitStack() as stack:
+        started = host.agent.call(
+            "guest_start",
+            deadline=deadline,
+            name=name,
+            argv=words,
+            memory=int(config.memory),
+            huge=True,
+            devices={mdev: mdevs[mdev] for mdev in config.mdevs},
+            sockets=["qmp", "ssh"],
+        )
+        machine = GuestMachine(host, name, console, agent, started["sockets"], logs)
+        stack.enter_context(machine)
+        with blamed(name, console, lambda: _ending(host, name)):
+            agent.wait_ready(deadline)
+            machine.hello = agent.call("hello", deadline=deadline)
+        yield machine
+
+
+def _ending(host: Machine, name: str) -> Ending:
+    with contextlib.suppress(InfrastructureError):
+        status = host.agent.call("guest_status", name=name)
+        return status["returncode"], status["stderr"]
+    return None, ""
+
+
+def stop(host: Machine, name: str, logs: Path) -> None:
+    """Kill the guest's QEMU and forget the guest; a host VM that is gone has done so already.
+
+    Raises KernelBroke when it does not end or its devices do not close.
+    """
+    with contextlib.suppress(ConnectionLost):
+        try:
+            status = host.agent.call("guest_stop", name=name)
+        except CallFailed as error:
+            raise KernelBroke(
+                f"host: {name}'s QEMU, killed, does not end, or its devices do not close: "
+                f"{error.message}",
+                evidence=host.console.tail(),
+            ) from error
+        (logs / f"{name}.qemu.log").write_text(status.get("stderr") or "")
+        host.agent.call("guest_forget", name=name)

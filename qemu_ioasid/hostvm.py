@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The host VM: what it is made of, its QEMU's arguments, and its life, from cold or from a save."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu_ioasid import client, console
+from qemu_ioasid.client import Agent
+from qemu_ioasid.config import GuestConfig, HostConfig
+from qemu_ioasid.console import Console
+from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.errors import ConnectionLost, KernelBroke, RigError
+from qemu_ioasid.machine import (
+    COMMAND_LINE,
+    HUGE_PAGE,
+    Ending,
+    Machine,
+    blamed,
+    common_argv,
+    disk_argv,
+    qemu_died,
+)
+from qemu_ioasid.process import Child, spawn
+from qemu_ioasid.qemu import Qemu
+from qemu_ioasid.snapshot import Memory
+
+#: From QEMU's start to the first reply of the agent, in seconds of the reference machine.
+BOOT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class HostParts:
+    """What a host VM is booted from, and its guests with it."""
+
+    qemu: Qemu
+    accelerator: str
+    kernel: Path
+    #: serial (guest-images/files/init knows it) = file; the first is the root.
+    disks: dict[str, Path]
+    #: intel-iommu's properties in the QEMU of the host image, which runs the guests.
+    guest_viommu: frozenset[str]
+    #: Added to the kernel's command line.
+    append: str = ""
+
+
+class Ends:
+    """Connected sockets: QEMU is born with one end of each, so nothing ever listens."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self.ours: dict[str, socket.socket] = {}
+        self._theirs: list[socket.socket] = []
+
+    def chardev(self, name: str) -> list[str]:
+        """QEMU's arguments for a new pair called *name*."""
+        self.ours[name], theirs = socket.socketpair()
+        self._theirs.append(theirs)
+        self._stack.callback(self.ours[name].close)
+        self._stack.callback(theirs.close)
+        return ["-chardev", f"socket,id={name},fd={theirs.fileno()}"]
+
+    def fds(self) -> list[int]:
+        """What QEMU inherits."""
+        return [end.fileno() for end in self._theirs]
+
+    def handed_over(self) -> None:
+        """Close the other ends: the death of QEMU is now the end of each stream."""
+        for end in self._theirs:
+            end.close()
+
+
+def argv(
+    parts: HostParts, config: HostConfig, guests: Mapping[str, GuestConfig], ends: Ends
+) -> list[str]:
+    """The host VM's QEMU, but for its memory."""
+    kvm = parts.accelerator == "kvm"
+    # The guests' RAM is huge pages: nested paging under TCG walks every level it can save.
+    pages = sum(guest.memory for guest in guests.values()) // HUGE_PAGE
+    append = f"hugepages={pages} kvm_amd.nested=0 ROLE=host {parts.append}"
+    words = [
+        *parts.qemu.argv,
+        *(("-accel", "kvm") if kvm else ("-accel", "tcg,thread=multi")),
+        *("-cpu", "host" if kvm else "max,+svm"),
+        "-machine",
+        f"q35,memory-backend=ram{',kernel-irqchip=split' if kvm else ''}",
+        *("-m", f"{config.memory >> 20}M"),
+        *("-kernel", str(parts.kernel), "-append", f"{COMMAND_LINE} {append}".strip()),
+    ]
+    for port in ("console", "qmp", "agent", "ssh"):
+        words += ends.chardev(port)
+    words += common_argv("host", config.viommu.device(parts.qemu.viommu), config.cpus)
+    words += disk_argv({serial: str(path) for serial, path in parts.disks.items()})
+    for guest in guests:
+        for port in (f"console.{guest}", f"agent.{guest}"):
+            words += [
+                *ends.chardev(port),
+                *("-device", f"virtserialport,chardev={port},name={port}"),
+            ]
+    return words
+
+
+class HostMachine(Machine):
+    """The host VM, with the consoles of the guests that run in it and the ways to their agents."""
+
+    def __init__(
+        self,
+        console: Console,
+        agent: Agent,
+        ends: Ends,
+        child: Child,
+        logs: Path,
+        guest_consoles: dict[str, Console],
+        guest_agents: dict[str, Agent],
+    ) -> None:
+        @contextlib.contextmanager
+        def dial(port: str, deadline: Deadline) -> Iterator[socket.socket]:
+            # Born connected, and never again: one connection of each is a life.
+            yield ends.ours[port]
+
+        super().__init__("host", console, agent, dial, logs)
+        self.child = child
+        self.guest_consoles = guest_consoles
+        self.guest_agents = guest_agents
+        self._stderr = logs / "host.qemu.log"
+        agent.on_event(self._event)
+
+    def _event(self, event: dict[str, object]) -> None:
+        # A guest's port stays open when the guest dies: this is the end of its connection.
+        if event["event"] == "guest-exit" and event["name"] in self.guest_agents:
+            self.guest_agents[str(event["name"])].lose()
+
+    def ending(self) -> Ending:
+        """How QEMU ended, and what it said."""
+        return self.child.poll(), self._stderr.read_text(errors="replace")
+
+    def explain(self, error: ConnectionLost) -> RigError:
+        """What a connection that was lost in mid-run is due to, where that can be told."""
+        self.console.wait_end(2.0)
+        code, said = self.ending()
+        if code is None:
+            return error
+        evidence = f"{self.console.tail()}\n{said}".strip()
+        if code:
+            return qemu_died(self.name, code, said, evidence)
+        return KernelBroke("host: the VM ended without a word on its console", evidence=evidence)
+
+    def kill(self) -> None:
+        """End it at once, with all that runs in it; every wait on it fails now."""
+        self.child.end()
+
+
+@contextlib.contextmanager
+def run(
+    parts: HostParts,
+    config: HostConfig,
+    guests: Mapping[str, GuestConfig],
+    memory: Memory,
+    logs: Path,
+) -> Iterator[HostMachine]:
+    """Start QEMU; it ends with the block. Nothing is waited for.
+
+    *logs* receives ``host.console.log`` and the like.
+    """
+    with contextlib.ExitStack() as stack:
+        ends = Ends(stack)
+        words = [*argv(parts, config, guests, ends), *memory.argv]
+        (logs / "host.qemu.txt").write_text(shlex.join(words) + "\n")
+        names = {"host": "console", **{guest: f"console.{guest}" for guest in guests}}
+        # On the stack before QEMU is: what a dying VM still says is read.
+        consoles = {
+            name: stack.enter_context(
+                console.attach(ends.ours[port], name, logs / f"{name}.console.log")
+            )
+            for name, port in names.items()
+        }
+        stderr = stack.enter_context(open(logs / "host.qemu.log", "w+b"))
+        child = stack.enter_context(
+            spawn(
+                words,
+                env=parts.qemu.env,
+                pass_fds=[*ends.fds(), *memory.fds],
+                stdout=stderr,
+                stderr=subprocess.STDOUT,
+            )
+        )
+        ends.handed_over()
+        agents = {
+            name: stack.enter_context(
+                client.attach(
+                    ends.ours["agent" if name == "host" else f"agent.{name}"],
+                    name,
+                    logs / f"{name}.agent.log",
+                )
+            )
+            for name in names
+        }
+        yield stack.enter_context(
+            HostMachine(
+                consoles.pop("host"), agents.pop("host"), ends, child, logs, consoles, agents
+            )
+        )
+
+
+@contextlib.contextmanager
+def boot(
+    parts: HostParts,
+    config: HostConfig,
+    guests: Mapping[str, GuestConfig],
+    memory: Memory,
+    logs: Path,
+) -> Iterator[HostMachine]:
+    """As `run`, to the agent's first reply. Raises BootError, InfrastructureError."""
+    deadline = Deadline(BOOT_SECONDS, "first reply of the host VM's agent")
+    with run(parts, config, guests, memory, logs) as host:
+        with blamed("host", host.console, host.ending):
+            host.agent.wait_ready(deadline)
+            host.hello = host.agent.call("hello", deadline=deadline)
+        yield host
+
+
+def wake(agents: Mapping[str, Agent], deadline: Deadline) -> None:
+    """Tell restored VMs the time and give each randomness of its own; returns when all answered."""
+    pending = [
+        agent.start("wake", now=time.time_ns(), entropy=os.urandom(64).hex())
+        for agent in agents.values()
+    ]
+    for each in pending:
+        each.result(deadline)
