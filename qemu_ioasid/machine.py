@@ -107,16 +107,23 @@ class Machine:
             return self._ssh
 
     def disconnect(self) -> None:
-        """End QMP and SSH; the next use connects anew where the VM's ports allow it."""
+        """End QMP and SSH at both ends; the next use connects anew where the ports allow it."""
         with self._lock:
-            self._qmp = self._ssh = None
-            self._links.close()
+            served = self._ssh is not None
+            self._close()
+            if served:
+                self.agent.call("ssh_stop")
+
+    def _close(self) -> None:
+        self._qmp = self._ssh = None
+        self._links.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.disconnect()
+        with self._lock:
+            self._close()
 
 
 #: A QEMU's exit code (None while it runs) and what it wrote to standard error.

@@ -82,6 +82,8 @@ class Qmp:
             for name, state in {**capabilities, "events": True}.items()
         ]
         self.execute("migrate-set-capabilities", deadline, capabilities=wanted)
+        # Made for networks, 128 MiB/s by default; 0 is QEMU's word for as fast as it goes.
+        self.execute("migrate-set-parameters", deadline, **{"max-bandwidth": 0})
         with self._client.listener("MIGRATION") as events:
             self.execute("migrate", deadline, uri=target)
             ended = _wait(_migrated(self._client, events), deadline)

@@ -33,6 +33,7 @@ FEATURES = {
 
 #: From QEMU's start to the last agent's first reply, in seconds of the reference machine.
 RESTORE_SECONDS = 30.0
+SAVE_SECONDS = 60.0
 #: How long after a connection ended a console may still bring the reason.
 LAST_WORDS_SECONDS = 1.5
 
@@ -185,6 +186,21 @@ class Rig:
             guest.machine.disconnect()
         self.host.disconnect()
 
+    def save(self, folder: Path, identity: dict[str, Any]) -> None:
+        """Save all VMs as they are into the new *folder*, and have them run on.
+
+        Their QMP and SSH connections end. SSH to the host VM comes back only in a
+        rig restored from there. Raises CommandFailed, OSError.
+        """
+        self.disconnect()
+        deadline = Deadline(SAVE_SECONDS, "state of the host VM, saved")
+        known = {"identity": identity, "rig": self.known()}
+        try:
+            snapshot.save_whole(self.host.qmp, folder, known, deadline)
+            snapshot.seal(folder)
+        finally:
+            self.host.qmp.execute("cont", deadline)
+
     def dismantle(self) -> None:
         """Stop the guests and remove the mdevs: what a host does at its end, and may break at.
 
@@ -261,7 +277,9 @@ def restore(
         with phase("restore the rig"):
             deadline = Deadline(RESTORE_SECONDS, "first reply of the restored agents")
             host = stack.enter_context(
-                hostvm.run(parts, config.host, config.guests, saved.memory(), logs)
+                hostvm.run(
+                    parts, config.host, config.guests, saved.memory(config.host.memory), logs
+                )
             )
             rig = Rig(config, host, logs)
             stack.enter_context(_console_verdict(rig))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -36,7 +37,7 @@ KEPT = 6
 
 _RAM, _STATE, _TOLD = "ram", "state", "snapshot.json"
 _CHUNK = 32 << 20
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 _ZEROS = bytes(_BLOCK)
 #: fallocate(2), include/uapi/linux/falloc.h.
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
@@ -78,17 +79,33 @@ def saveable(folder: Path, size: int) -> Iterator[Memory]:
         os.close(fd)
 
 
+def _next_data(fd: int, offset: int, size: int) -> int:
+    """Where stored bytes begin from *offset* on; *size* when there are none."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return size
+
+
 def _digest(path: int | Path) -> str:
-    """Names the bytes of a file, on all cores: blocks of zeros, stored or not, cost nothing."""
+    """Names the bytes of a file, on all cores. Blocks of zeros count the same, stored or not.
+
+    Holes are not read: that would make them look like data (ext4, unwritten extents).
+    """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if isinstance(path, Path) else os.dup(path)
 
     def chunk(start: int) -> bytes:
         hasher = hashlib.sha256()
-        for offset in range(start, min(start + _CHUNK, size), _BLOCK):
-            block = os.pread(fd, _BLOCK, offset)
-            if block != _ZEROS:
+        end = min(start + _CHUNK, size)
+        offset = start
+        while offset < end:
+            offset = max(offset, _next_data(fd, offset, size) // _BLOCK * _BLOCK)
+            if offset < end and (block := os.pread(fd, _BLOCK, offset)) != _ZEROS:
                 hasher.update(offset.to_bytes(8, "little"))
                 hasher.update(block)
+            offset += _BLOCK
         return hasher.digest()
 
     try:
@@ -110,13 +127,27 @@ def save(monitor: Qmp, folder: Path, known: dict[str, Any], deadline: Deadline) 
     *folder* a snapshot. Raises CommandFailed with QEMU's reason, and then the VM
     runs on; OSError, and then ``cont`` lets it.
     """
+    _migrate(monitor, folder, {"x-ignore-shared": True}, deadline)
+    _tell(folder, (_RAM, _STATE), known)
+
+
+def save_whole(monitor: Qmp, folder: Path, known: dict[str, Any], deadline: Deadline) -> None:
+    """As `save`, for any VM: its memory goes into ``state``, which is read whole to restore it."""
+    _migrate(monitor, folder, {"x-ignore-shared": False, "mapped-ram": True}, deadline)
+    _tell(folder, (_STATE,), known)
+
+
+def _migrate(monitor: Qmp, folder: Path, capabilities: dict[str, bool], deadline: Deadline) -> None:
     state = folder / _STATE
     os.close(os.open(state, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    monitor.migrate(f"file:{state}", {"x-ignore-shared": True}, deadline)
+    monitor.migrate(f"file:{state}", capabilities, deadline)
+
+
+def _tell(folder: Path, names: tuple[str, ...], known: dict[str, Any]) -> None:
     now = time.time_ns()
     files = {
         name: {"size": path.stat().st_size, "mtime": now, "digest": _digest(path)}
-        for name, path in ((name, folder / name) for name in (_RAM, _STATE))
+        for name, path in ((name, folder / name) for name in names)
     }
     _write_told(
         folder, {"version": _VERSION, "boot_id": _boot_id(), "known": known, "files": files}
@@ -126,7 +157,8 @@ def save(monitor: Qmp, folder: Path, known: dict[str, Any], deadline: Deadline) 
 def seal(folder: Path) -> None:
     """Make what `save` left a whole snapshot that nothing will change. Needs no room."""
     files = _told(folder)["files"]
-    _punch_holes(folder / _RAM)
+    if _RAM in files:
+        _punch_holes(folder / _RAM)
     for name, told in files.items():
         # The memory's own time is that of the last write that the kernel took notice of.
         os.utime(folder / name, ns=(told["mtime"], told["mtime"]))
@@ -149,10 +181,7 @@ def _punch_holes(path: Path) -> None:
         fd, end = file.fileno(), os.fstat(file.fileno()).st_size
         position = 0
         while position < end:
-            try:
-                data = os.lseek(fd, position, os.SEEK_DATA)
-            except OSError:
-                data = end
+            data = _next_data(fd, position, end)
             if data > position:
                 # A file system that cannot keeps the room; the bytes are the same.
                 hole = (ctypes.c_long(position), ctypes.c_long(data - position))
@@ -167,19 +196,20 @@ class Snapshot:
     folder: Path
     #: What `save` was told to keep.
     known: dict[str, Any]
-    ram_fd: int
-    state_fd: int
+    fds: dict[str, int]
 
-    def memory(self) -> Memory:
-        """For a QEMU that starts where the snapshot was taken; several may at once."""
-        size = os.fstat(self.ram_fd).st_size
-        backend = _file_memory(self.ram_fd, size, "share=off,readonly=on,rom=off")
+    def memory(self, size: int) -> Memory:
+        """For a QEMU with RAM of *size*, which starts where the snapshot was taken; any number."""
+        incoming = ("-incoming", f"file:/proc/self/fd/{self.fds[_STATE]}")
+        if _RAM not in self.fds:
+            return Memory(
+                (*anonymous(size).argv, "-global", "migration.mapped-ram=on", *incoming),
+                (self.fds[_STATE],),
+            )
+        backend = _file_memory(self.fds[_RAM], size, "share=off,readonly=on,rom=off")
         return Memory(
-            (
-                *("-object", backend, "-global", "migration.x-ignore-shared=on"),
-                *("-incoming", f"file:/proc/self/fd/{self.state_fd}"),
-            ),
-            (self.ram_fd, self.state_fd),
+            ("-object", backend, "-global", "migration.x-ignore-shared=on", *incoming),
+            (self.fds[_RAM], self.fds[_STATE]),
         )
 
 
@@ -222,14 +252,14 @@ def opened(folder: Path, *, verify: bool) -> Iterator[Snapshot]:
             if found.st_mtime_ns != expected["mtime"]:
                 raise Unusable(f"{name} was changed after it was saved")
         restarted = told["boot_id"] != _boot_id()
-        for name in (_RAM, _STATE) if verify or restarted else (_STATE,):
+        for name in fds if verify or restarted else (_STATE,):
             if _digest(fds[name]) != told["files"][name]["digest"]:
                 raise Unusable(f"{name} has other bytes than were saved")
         with contextlib.suppress(OSError):
             if restarted:
                 _write_told(folder, {**told, "boot_id": _boot_id()})
             os.utime(folder)
-        yield Snapshot(folder, told["known"], fds[_RAM], fds[_STATE])
+        yield Snapshot(folder, told["known"], fds)
 
 
 def nearest(identity: dict[str, Any]) -> str:

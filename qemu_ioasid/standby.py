@@ -135,11 +135,12 @@ def _find(
                 stack.push(life.pop_all())
                 return running
             # The QEMU that saved is gone before anyone restores.
-            life.close()
-            snapshot.seal(scratch)
-            shutil.rmtree(folder, ignore_errors=True)
-            scratch.rename(folder)
-            snapshot.prune()
+            with phase("seal what was saved"):
+                life.close()
+                snapshot.seal(scratch)
+                shutil.rmtree(folder, ignore_errors=True)
+                scratch.rename(folder)
+                snapshot.prune()
             return stack.enter_context(snapshot.opened(folder, verify=False))
 
 
