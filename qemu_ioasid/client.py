@@ -85,6 +85,11 @@ class Agent:
         """Have *handler* called with each event, from the reading thread."""
         self._on_event = handler
 
+    @property
+    def lost(self) -> bool:
+        """Whether the agent is gone."""
+        return self._lost
+
     def start(self, op: str, **args: Any) -> Pending:
         """Begin an operation and return at once."""
         with self._lock:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 import typing
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,6 +103,50 @@ def parse(text: str, path: str) -> RigConfig:
     )
     _check(rig)
     return rig
+
+
+def shape(guests: Mapping[str, Sequence[str]], mdevs: Sequence[str] = ()) -> RigConfig:
+    """A rig of default options: *guests* by name with their mdevs, and *mdevs* that are nobody's.
+
+    Raises ConfigurationError.
+    """
+    lines = []
+    for name in dict.fromkeys([*mdevs, *(mdev for owned in guests.values() for mdev in owned)]):
+        lines.append(f"[mdev.{name}]")
+    for name, owned in guests.items():
+        lines += [f"[guest.{name}]", f"mdevs = {json.dumps(list(owned))}"]
+        lines += [f"[guest.{name}.viommu]", "pasid-bits = 20", "caching-mode = true"]
+    need = HOST_OVERHEAD + len(guests) * _GUEST_MEMORY
+    if need > _HOST_MEMORY:
+        lines += ["[host]", f'memory = "{need // MIB}M"']
+    return parse("\n".join(lines) + "\n", "rig")
+
+
+def with_viommu(
+    rig: RigConfig, host: Mapping[str, Any], guests: Mapping[str, Any], where: str
+) -> RigConfig:
+    """*rig* with these options of the virtual IOMMUs in place of its own, for every guest alike.
+
+    Raises ConfigurationError naming *where*, as for a rig file.
+    """
+    changed = replace(
+        rig,
+        host=replace(rig.host, viommu=_overlaid(rig.host.viommu, host, f"{where}: host.viommu")),
+        guests={
+            name: replace(
+                guest, viommu=_overlaid(guest.viommu, guests, f"{where}: guest.{name}.viommu")
+            )
+            for name, guest in rig.guests.items()
+        },
+    )
+    _check(changed)
+    return changed
+
+
+def _overlaid(options: Viommu, table: Mapping[str, Any], where: str) -> Viommu:
+    given = _read(Viommu, dict(table), where)
+    names = [key.replace("-", "_") for key in table]
+    return replace(options, **{name: getattr(given, name) for name in names})
 
 
 def _no_other_keys(table: dict[str, Any], known: set[str], where: str) -> None:

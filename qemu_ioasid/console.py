@@ -74,11 +74,15 @@ class Console:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self.broken = threading.Event()
+        self._awaited: dict[str, threading.Event] = {}
 
     def _take(self, text: str) -> None:
         with self._lock:
             clean = _ESCAPE.sub("", text).rstrip()
             self._lines.append(clean)
+            for text, arrived in self._awaited.items():
+                if text in clean:
+                    arrived.set()
             kind = classify(clean)
             if kind is not None:
                 self._reports.append(Report(kind, len(self._lines) - 1, clean))
@@ -106,6 +110,17 @@ class Console:
             return stream.recv(65536)
         except OSError:
             return b""
+
+    @contextlib.contextmanager
+    def awaiting(self, text: str) -> Iterator[threading.Event]:
+        """An event that is set when a line with *text* comes while the block runs."""
+        with self._lock:
+            arrived = self._awaited[text] = threading.Event()
+        try:
+            yield arrived
+        finally:
+            with self._lock:
+                del self._awaited[text]
 
     @property
     def reports(self) -> list[Report]:

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ FEATURES = {
 #: From QEMU's start to the last agent's first reply, in seconds of the reference machine.
 RESTORE_SECONDS = 30.0
 SAVE_SECONDS = 60.0
+SETTLE_SECONDS = 20.0
 #: How long after a connection ended a console may still bring the reason.
 LAST_WORDS_SECONDS = 1.5
 
@@ -159,10 +161,52 @@ class Rig:
         """The consoles of all VMs, the host's first."""
         return [self.host.console, *self.host.guest_consoles.values()]
 
-    def check_consoles(self) -> None:
-        """Raise KernelBroke if any kernel has reported anything since it started."""
+    def check_consoles(self, seen: Mapping[str, int] | None = None) -> None:
+        """Raise KernelBroke if any kernel has reported anything.
+
+        *seen* has, by console, how many reports are known and not to be raised again.
+        """
         for console in self.consoles:
-            console.check()
+            console.check((seen or {}).get(console.name, 0))
+
+    def settle(self) -> None:
+        """Return when all that the kernels have said so far is on the consoles.
+
+        Each is asked to say a word of ours, after which nothing older can come.
+        """
+        alive = [(self.host.console, self.host.agent)]
+        alive += [
+            (guest.machine.console, guest.agent)
+            for guest in self.guests.values()
+            if not guest.agent.lost
+        ]
+        deadline = Deadline(SETTLE_SECONDS, "word of ours on the consoles")
+        with contextlib.ExitStack() as stack:
+            word = f"qemu-ioasid: {secrets.token_hex(8)}"
+            arrivals = [stack.enter_context(console.awaiting(word)) for console, _ in alive]
+            for pending in [agent.start("mark", text=word) for _, agent in alive]:
+                pending.result(deadline)
+            for arrived in arrivals:
+                if not arrived.wait(deadline.remaining()):
+                    raise deadline.exceeded()
+
+    def reset(self) -> list[str]:
+        """Undo every registration and mapping, close what was opened, in all VMs.
+
+        Gives what is left of it, in words; then this rig is not to be used again.
+        """
+        deadline = Deadline(SETTLE_SECONDS, "reset of the rig")
+        with contextlib.ExitStack() as stack:
+            # First the guests: what they have in flight names what is taken away next.
+            for pending in [
+                guest.agent.start("reset") for guest in self.guests.values() if not guest.agent.lost
+            ]:
+                stack.callback(pending.result, deadline)
+        told = self.host.agent.call("reset", deadline=deadline)
+        left = [f"the parent's table has {told['table']}"] if told["table"] else []
+        left += [f"{name}'s list has {rows}" for name, rows in told["lists"].items() if rows]
+        left += [f"guest {name} is gone" for name in self.guests if name not in told["running"]]
+        return left
 
     def stop_guest(self, name: str) -> None:
         """SIGKILL the guest's QEMU; its devices are closed when this returns."""
@@ -212,6 +256,7 @@ class Rig:
         for name in self.mdevs:
             self.host.agent.call("mdev_remove", name=name)
         self.mdevs.clear()
+        self.settle()
         self.check_consoles()
 
 

@@ -85,8 +85,7 @@ def build(options: Options, configuration: RigConfig, output: Output, report: Re
     deadline = Deadline(BUILD_SECONDS, "kernel and images")
     with report.phase("find QEMU and an accelerator"):
         found, accelerator, why = choose_qemu(options, output)
-        rig.check_accelerator(configuration, accelerator)
-        configuration.host.viommu.device(found.viommu)
+        check(configuration, found, accelerator)
     report.accelerator, report.accelerator_reason = accelerator, why
     with report.phase("kernel"):
         built = kernel.build(options.kernel, deadline=deadline, progress=output.progress)
@@ -129,6 +128,15 @@ def build(options: Options, configuration: RigConfig, output: Output, report: Re
         guest_viommu=inner.viommu,
         append=options.append,
     )
+
+
+def check(configuration: RigConfig, host_qemu: Qemu, accelerator: str) -> None:
+    """Refuse what *configuration* asks of a QEMU or an accelerator that cannot do it.
+
+    Raises ConfigurationError, RequirementError.
+    """
+    rig.check_accelerator(configuration, accelerator)
+    configuration.host.viommu.device(host_qemu.viommu)
 
 
 def project_hash() -> str:

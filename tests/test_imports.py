@@ -15,11 +15,12 @@ PACKAGE = Path(qemu_ioasid.__file__).parent
 
 #: From the top; modules on one floor do not import each other.
 FLOORS = (
-    ("cli",),
+    ("cli", "pytest_plugin"),
+    ("rigpool", "matrix"),
     ("session",),
     ("scenarios",),
     ("report",),
-    ("standby",),
+    ("standby", "hostdevice", "requirement"),
     ("rig",),
     ("hostvm", "guestvm"),
     ("machine", "registrar", "vtd", "agentdisk"),

@@ -17,7 +17,7 @@ class Common:
     def __init__(self) -> None:
         self._ssh = SshServer()
         self.operations: Mapping[str, Callable[..., Any]] = {
-            name: getattr(self, name) for name in ("wake", "ssh_start", "ssh_stop")
+            name: getattr(self, name) for name in ("wake", "mark", "ssh_start", "ssh_stop")
         }
 
     def wake(self, now: int, entropy: str) -> None:
@@ -25,6 +25,11 @@ class Common:
         self._ssh.stop()
         wake.set_clock(now)
         wake.reseed(bytes.fromhex(entropy))
+
+    def mark(self, text: str) -> None:
+        """A line on the console, after everything the kernel has said so far."""
+        with open("/dev/kmsg", "w") as kmsg:
+            kmsg.write(f"<3>{text}\n")
 
     def ssh_start(self, host_key: str, authorized_keys: str) -> dict[str, int]:
         """Serves one SSH connection on the port that is for it."""

@@ -28,7 +28,7 @@ BIND_BASE = 1 << 32
 OPERATIONS = (
     "hello", "arena", "nonce", "fill", "write", "read", "watch", "changes",
     "device_open", "device_close", "ioas_map", "ioas_unmap", "bind_request",
-    "bound", "unbound", "bindings",
+    "bound", "unbound", "bindings", "reset",
 )
 # fmt: on
 
@@ -165,6 +165,15 @@ class Guest:
         with self._lock:
             if self._bindings.pop((name, pasid), None) is None:
                 raise KeyError(f"PASID {pasid} is not bound on {name!r}")
+
+    def reset(self) -> None:
+        """As it was when the devices were opened: nothing mapped, nothing bound, no work."""
+        for opened in self._own.all():
+            opened.ring.reset()
+            opened.unmap_all()
+        with self._lock:
+            self._bindings.clear()
+            self._watch = None
 
     def bindings(self) -> list[Json]:
         """What this guest holds."""

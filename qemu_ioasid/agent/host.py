@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import threading
 from contextlib import ExitStack, suppress
@@ -16,6 +15,7 @@ from qemu_ioasid.agent.hello import executable, machine
 from qemu_ioasid.agent.iommufd import IOMMU, Iommufd
 from qemu_ioasid.agent.opendevice import OwnDevices
 from qemu_ioasid.agent.registrar import Registrar
+from qemu_ioasid.agent.slowmemory import USERFAULTFD, SlowMemories
 from qemu_ioasid.agent.vfio import MDEV_DEVICES, VfioDevice
 
 TYPE_CHECKING = False
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from qemu_ioasid.agent.server import Emit
-    from qemu_ioasid.agent.slowmemory import SlowMemory
     from qemu_ioasid.agent.spawn import Spawner
     from qemu_ioasid.agent.tracing import AccessTrace
     from qemu_ioasid.agent.watch import Watch
@@ -40,8 +39,8 @@ OPERATIONS = (
     "guest_forget", "ioas_alloc", "ioas_destroy", "ioas_map_guest", "ioas_unmap", "pasid_alloc",
     "pasid_free", "pasids", "register", "replace", "unregister", "ledger", "audit", "raw_attach",
     "raw_detach", "kernel_list", "kernel_table", "wait_blocked", "watch", "changes", "read",
-    "trace_start", "trace_clear", "trace_read", "trace_stop", "slow_create", "slow_wait",
-    "slow_release", "slow_read", "slow_close", "device_open", "device_close",
+    "trace_start", "trace_clear", "trace_read", "trace_stop", "device_open", "device_close",
+    "reset",
 )
 # fmt: on
 
@@ -64,14 +63,15 @@ class Host:
         self._guests: dict[str, GuestVm] = {}
         self._own = OwnDevices()
         self._watches: dict[str, Watch] = {}
-        self._slow: dict[int, SlowMemory] = {}
-        self._handles = itertools.count(1)
+        self._spaces: set[tuple[str, int]] = set()
+        self._slow = SlowMemories(self._iommufd)
         self._trace: AccessTrace | None = None
         self._spawner: Spawner | None = None
         self._common = Common()
         self.operations: Mapping[str, Callable[..., Any]] = {
             **{name: getattr(self, name) for name in OPERATIONS},
             **self._common.operations,
+            **self._slow.operations,
             "device_submit": self._own.submit,
             "device_reset": self._own.reset,
             "device_registers": self._own.registers,
@@ -91,8 +91,7 @@ class Host:
                     stack.callback(guest.kill)
             if self._trace:
                 stack.callback(self._trace.close)
-            for slow in list(self._slow.values()):
-                stack.callback(slow.close)
+            stack.callback(self._slow.close)
             stack.callback(self._common.close)
 
     # --- names --------------------------------------------------------------------------
@@ -134,7 +133,6 @@ class Host:
 
     def hello(self) -> Json:
         """The machine, and the features the rig needs of the kernel."""
-        from qemu_ioasid.agent.slowmemory import USERFAULTFD
         from qemu_ioasid.agent.tracing import TRACEFS, ensure_mounted
 
         for filesystem, folder in (("debugfs", kernellist.DEBUGFS), ("tracefs", TRACEFS)):
@@ -252,11 +250,16 @@ class Host:
 
     def ioas_alloc(self, iommufd: str) -> Json:
         """A fresh IOAS of an iommufd."""
-        return {"ioas": self._iommufd(iommufd).ioas_alloc()}
+        ioas = self._iommufd(iommufd).ioas_alloc()
+        with self._lock:
+            self._spaces.add((iommufd, ioas))
+        return {"ioas": ioas}
 
     def ioas_destroy(self, iommufd: str, ioas: int) -> None:
         """Destroys an IOAS."""
         self._iommufd(iommufd).destroy(ioas)
+        with self._lock:
+            self._spaces.discard((iommufd, ioas))
 
     def ioas_map_guest(
         self,
@@ -315,6 +318,28 @@ class Host:
             return {int(row["pasid"]): int(row["ioas"]) for row in rows}
 
         return self._registrar.audit(self._devices().values(), pasids)
+
+    def reset(self) -> Json:
+        """As it was before anybody registered anything; the kernel's word on that."""
+        self._slow.close()
+        for opened in self._own.all():
+            self.device_close(opened.device.name)
+        self._registrar.clear()
+        for device in self._devices().values():
+            for row in self.kernel_list(device.name):
+                device.detach_pasid(int(row["pasid"]))
+        with self._lock:
+            spaces, self._spaces = self._spaces, set()
+            self._watches.clear()
+        for iommufd, ioas in spaces:
+            # a dead guest's iommufd has taken its own along
+            if iommufd in self._guests and self._guests[iommufd].running:
+                self._guests[iommufd].iommufd.destroy(ioas)
+        return {
+            "table": self.kernel_table(),
+            "lists": {name: self.kernel_list(name) for name in self._devices()},
+            "running": sorted(guest.name for guest in self._guests.values() if guest.running),
+        }
 
     # --- straight to the kernel ---------------------------------------------------------
 
@@ -416,43 +441,6 @@ class Host:
         trace, self._trace = self._trace, None
         if trace:
             trace.close()
-
-    # --- memory that sleeps -------------------------------------------------------------
-
-    def slow_create(self, iommufd: str, ioas: int, iova: int, length: int) -> Json:
-        """Maps memory that puts accesses to sleep into an IOAS."""
-        from qemu_ioasid.agent.slowmemory import SlowMemory
-
-        slow = SlowMemory(self._iommufd(iommufd), ioas, iova, length)
-        handle = next(self._handles)
-        with self._lock:
-            self._slow[handle] = slow
-        return {"handle": handle}
-
-    def _slow_memory(self, handle: int) -> SlowMemory:
-        with self._lock:
-            if handle not in self._slow:
-                raise KeyError(f"no slow memory {handle}")
-            return self._slow[handle]
-
-    def slow_wait(self, handle: int, seconds: float) -> Json:
-        """Waits until an access sleeps."""
-        offset, write = self._slow_memory(handle).wait(seconds)
-        return {"offset": offset, "write": write}
-
-    def slow_release(self, handle: int) -> None:
-        """Wakes the sleepers."""
-        self._slow_memory(handle).release()
-
-    def slow_read(self, handle: int, offset: int, length: int) -> Json:
-        """Bytes of released slow memory."""
-        return {"hex": self._slow_memory(handle).read(offset, length).hex()}
-
-    def slow_close(self, handle: int) -> None:
-        """Releases, unmaps and frees."""
-        self._slow_memory(handle).close()
-        with self._lock:
-            self._slow.pop(handle, None)
 
     # --- a device opened by the agent itself --------------------------------------------
 

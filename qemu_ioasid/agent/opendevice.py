@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import threading
 from contextlib import ExitStack
@@ -32,6 +33,15 @@ class OpenDevice:
             self.device.attach(self.ioas)
             self.ring = stack.enter_context(Ring(self.device))
             self._stack = stack.pop_all()
+
+    def unmap_all(self) -> None:
+        """Empties the address space for work without a PASID."""
+        try:
+            self.iommufd.ioas_unmap(self.ioas, 0, (1 << 64) - 1)
+        except OSError as error:
+            # it was empty
+            if error.errno != errno.ENOENT:
+                raise
 
     def close(self) -> None:
         """Closes ring, device (its PASID list dies) and iommufd."""

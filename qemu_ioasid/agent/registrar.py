@@ -180,6 +180,16 @@ class Registrar:
                 if name == owner and pasid not in registered:
                     self._pool.free(pasid)
 
+    def clear(self) -> None:
+        """Unregisters everything, frees every PASID. Raises OSError; the rest is in the books."""
+        with self._lock:
+            lines = list(self._ledger.values())
+        for line in lines:
+            self.unregister(line.device, line.pasid)
+        with self._lock:
+            for pasid in list(self._pool.owners):
+                self._pool.free(pasid)
+
     def ledger(self) -> list[Row]:
         """The ledger's lines."""
         with self._lock:

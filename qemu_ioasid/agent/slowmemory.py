@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import mmap
 import os
+import threading
+from contextlib import ExitStack
 
 from qemu_ioasid.agent.descriptor import Descriptor
 from qemu_ioasid.agent.libc import address_of
@@ -17,6 +20,9 @@ from qemu_ioasid.agent.uapi import userfaultfd as uapi
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
     from qemu_ioasid.agent.iommufd import Iommufd
 
 USERFAULTFD = "/dev/userfaultfd"
@@ -112,3 +118,55 @@ class SlowMemory:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class SlowMemories:
+    """The slow memories by handle, with the operations on them. iommufd finds one by its name."""
+
+    def __init__(self, iommufd: Callable[[str], Iommufd]) -> None:
+        self._iommufd = iommufd
+        self._lock = threading.Lock()
+        self._slow: dict[int, SlowMemory] = {}
+        self._handles = itertools.count(1)
+        self.operations: Mapping[str, Callable[..., Any]] = {
+            f"slow_{name}": getattr(self, name) for name in ("create", "wait", "release", "read")
+        } | {"slow_close": self.close_one}
+
+    def _get(self, handle: int) -> SlowMemory:
+        with self._lock:
+            if handle not in self._slow:
+                raise KeyError(f"no slow memory {handle}")
+            return self._slow[handle]
+
+    def create(self, iommufd: str, ioas: int, iova: int, length: int) -> dict[str, int]:
+        """Maps memory that puts accesses to sleep into an IOAS."""
+        slow = SlowMemory(self._iommufd(iommufd), ioas, iova, length)
+        handle = next(self._handles)
+        with self._lock:
+            self._slow[handle] = slow
+        return {"handle": handle}
+
+    def wait(self, handle: int, seconds: float) -> dict[str, int | bool]:
+        """Waits until an access sleeps."""
+        offset, write = self._get(handle).wait(seconds)
+        return {"offset": offset, "write": write}
+
+    def release(self, handle: int) -> None:
+        """Wakes all sleepers."""
+        self._get(handle).release()
+
+    def read(self, handle: int, offset: int, length: int) -> dict[str, str]:
+        """Bytes of released memory."""
+        return {"hex": self._get(handle).read(offset, length).hex()}
+
+    def close_one(self, handle: int) -> None:
+        """Releases, unmaps and frees."""
+        self._get(handle).close()
+        with self._lock:
+            self._slow.pop(handle, None)
+
+    def close(self) -> None:
+        """Releases, unmaps and frees all of them."""
+        with ExitStack() as stack:
+            for handle in list(self._slow):
+                stack.callback(self.close_one, handle)
