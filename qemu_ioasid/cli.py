@@ -112,6 +112,13 @@ def _add_run(
         "scenario", nargs="?", default="isolation", help=f"one of: {', '.join(SCENARIOS)}"
     )
     run.add_argument(
+        "--check",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="make this check only; may be given again",
+    )
+    run.add_argument(
         "--rig", type=Path, default=config.DEFAULT, metavar="FILE", help="what to boot (TOML)"
     )
     run.add_argument(
@@ -150,6 +157,7 @@ def _run(arguments: argparse.Namespace) -> int:
     options = Options(
         rig=arguments.rig,
         scenario=arguments.scenario,
+        checks=tuple(arguments.check),
         accelerator=arguments.accel,
         qemu=arguments.qemu,
         kernel=_spec(arguments),

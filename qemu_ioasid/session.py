@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qemu_ioasid import cache, client, config, image, kernel, qemu, rig
+from qemu_ioasid import cache, client, config, image, kernel, qemu, rig, scenarios
 from qemu_ioasid.cache import explained
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.deadline import Deadline
@@ -20,7 +20,7 @@ from qemu_ioasid.errors import ConfigurationError, RigError
 from qemu_ioasid.machine import HostParts
 from qemu_ioasid.qemu import Qemu
 from qemu_ioasid.report import Report
-from qemu_ioasid.scenarios import SCENARIOS
+from qemu_ioasid.scenarios import table
 
 #: A clean build, of the reference machine with other work on it.
 BUILD_SECONDS = 3000.0
@@ -36,6 +36,8 @@ class Options:
 
     rig: Path = config.DEFAULT
     scenario: str = "isolation"
+    #: The checks to make, by name; none: all.
+    checks: tuple[str, ...] = ()
     accelerator: str = "auto"
     qemu: str = "auto"
     kernel: kernel.Spec = field(default_factory=kernel.Spec)
@@ -165,19 +167,15 @@ def run(options: Options, output: Output) -> Report:
     Raises ConfigurationError before there is a report, and KeyboardInterrupt
     and `Terminated` after having written it.
     """
-    if options.scenario not in SCENARIOS:
-        raise ConfigurationError(
-            f"scenario {options.scenario}: unknown; known are {', '.join(SCENARIOS)}"
-        )
-    scenario = SCENARIOS[options.scenario]
+    scenario = scenarios.find(options.scenario)
     configuration = config.load(options.rig)
-    scenario.check_shape(configuration)
+    rows = table.choose(scenario.rows(configuration), options.checks)
     folder = report_folder(options.report, options.scenario)
     report = Report(folder, options.scenario, output.say, rig=configuration.text)
     try:
         parts = build(options, configuration, output, report)
         with rig.boot(configuration, parts, report.phase, folder) as running:
-            scenario.run(running, report)
+            scenario.run(running, report, rows)
         report.exit_code = 1 if report.failed else 0
     except RigError as error:
         report.fail(error.exit_code, error.message, error.evidence)

@@ -64,6 +64,12 @@ def test_unknown_scenario(command: Command) -> None:
     assert "known are isolation" in one_line(ended.err)
 
 
+def test_unknown_check(command: Command) -> None:
+    ended = command("run", "--check", "intra-vm", "--check", "nonesuch")
+    assert ended.code == 2
+    assert "check nonesuch: unknown; known are stage-host, " in one_line(ended.err)
+
+
 def test_missing_rig_file(command: Command) -> None:
     ended = command("run", "--rig", "nonesuch.toml")
     assert ended.code == 2

@@ -28,7 +28,7 @@ def test_default_rig_suits_the_default_scenario() -> None:
     assert list(found.guests) == ["g1", "g2"]
     assert found.guests["g1"].mdevs == ("a", "b")
     assert found.host.cpus == 1
-    SCENARIOS["isolation"].check_shape(found)
+    SCENARIOS["isolation"].rows(found)
 
 
 @pytest.mark.parametrize(
