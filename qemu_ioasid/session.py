@@ -40,6 +40,8 @@ class Options:
     checks: tuple[str, ...] = ()
     accelerator: str = "auto"
     qemu: str = "auto"
+    #: Laid over the rig file: see `config.load`.
+    changes: Mapping[str, str] = field(default_factory=dict)
     kernel: kernel.Spec = field(default_factory=kernel.Spec)
     report: Path | None = None
     #: Added to the host VM's kernel command line.
@@ -54,10 +56,12 @@ class Output:
     progress: Callable[[str], None]
 
 
-def private_qemu(output: Output) -> tuple[tuple[str, ...], Mapping[str, str]]:
-    """The private QEMU's argv prefix and environment, built if need be."""
+def private_qemu(
+    output: Output, name: str = "private"
+) -> tuple[tuple[str, ...], Mapping[str, str]]:
+    """A private QEMU's argv prefix and environment, built if need be."""
     found = image.private_qemu(
-        deadline=Deadline(BUILD_SECONDS, "private QEMU"), progress=output.progress
+        name, deadline=Deadline(BUILD_SECONDS, "private QEMU"), progress=output.progress
     )
     return found.argv, found.env
 
@@ -66,7 +70,7 @@ def choose_qemu(options: Options, output: Output) -> tuple[Qemu, str, str]:
     """The host VM's QEMU, the accelerator, and why it is not KVM."""
     found = qemu.find(
         options.qemu,
-        lambda: private_qemu(output),
+        lambda name: private_qemu(output, name),
         output.say,
         Deadline(60, "answers of QEMU to the probe"),
     )
@@ -168,7 +172,7 @@ def run(options: Options, output: Output) -> Report:
     and `Terminated` after having written it.
     """
     scenario = scenarios.find(options.scenario)
-    configuration = config.load(options.rig)
+    configuration = config.load(options.rig, options.changes)
     rows = table.choose(scenario.rows(configuration), options.checks)
     folder = report_folder(options.report, options.scenario)
     report = Report(folder, options.scenario, output.say, rig=configuration.text)

@@ -26,7 +26,15 @@ def test_help_tells_the_exit_codes(command: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nonesuch"], ["run", "--accel", "xen"], ["run", "--nonesuch"], ["kernel"]]
+    "arguments",
+    [
+        [],
+        ["nonesuch"],
+        ["run", "--accel", "xen"],
+        ["run", "--nonesuch"],
+        ["run", "--set", "x"],
+        ["kernel"],
+    ],
 )
 def test_usage_is_exit_2(command: Command, arguments: list[str]) -> None:
     ended = command(*arguments)
