@@ -113,6 +113,13 @@ def _add_run(
         "scenario", nargs="?", default="isolation", help=f"one of: {', '.join(SCENARIOS)}"
     )
     run.add_argument(
+        "--check",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="make this check only; may be given again",
+    )
+    run.add_argument(
         "--rig", type=Path, default=config.DEFAULT, metavar="FILE", help="what to boot (TOML)"
     )
     run.add_argument(
@@ -122,7 +129,16 @@ def _add_run(
         "--qemu",
         default="auto",
         metavar="PROGRAM",
-        help="the host VM's QEMU: auto, private (the rig's own copy) or a program",
+        help="the host VM's QEMU: auto, private (the rig's own copy, 11.1), 10.0 (likewise) "
+        "or a program",
+    )
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=_change,
+        metavar="KEY=VALUE",
+        help="change a key of the rig file, host.viommu.fsts=true for example; may be given again",
     )
     run.add_argument("--report", type=Path, metavar="DIR", help="where the report goes")
     run.add_argument(
@@ -135,6 +151,13 @@ def _add_run(
         "--verify", action="store_true", help="compare every byte of a saved rig before trusting it"
     )
     run.set_defaults(handler=_run)
+
+
+def _change(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise argparse.ArgumentTypeError(f"{text}: must be KEY=VALUE")
+    return key.strip(), value.strip()
 
 
 def _spec(arguments: argparse.Namespace) -> kernel.Spec:
@@ -157,8 +180,10 @@ def _run(arguments: argparse.Namespace) -> int:
     options = Options(
         rig=arguments.rig,
         scenario=arguments.scenario,
+        checks=tuple(arguments.check),
         accelerator=arguments.accel,
         qemu=arguments.qemu,
+        changes=dict(arguments.set),
         kernel=_spec(arguments),
         report=arguments.report,
         append=arguments.append,

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from qemu_ioasid import viommu
@@ -29,6 +31,8 @@ MAX_MDEVS = 15
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,14}\Z")
 _SIZE = re.compile(r"([1-9][0-9]*)([MG])\Z")
+
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 T = TypeVar("T")
 
@@ -76,23 +80,30 @@ class RigConfig:
     text: str
 
 
-def load(path: Path) -> RigConfig:
-    """Read and check a rig file; raises ConfigurationError naming file, key and reason."""
+def load(path: Path, changes: Mapping[str, str] = _NONE) -> RigConfig:
+    """Read and check a rig file; raises ConfigurationError naming file, key and reason.
+
+    *changes* are laid over the file first: ``host.viommu.fsts`` to ``true``, as TOML writes it
+    (a bare word is a string); ``*`` in place of a name means every one: ``guest.*.memory``.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigurationError(f"{path}: not UTF-8 text") from None
-    return parse(text, str(path))
+    return parse(text, str(path), changes)
 
 
-def parse(text: str, path: str) -> RigConfig:
+def parse(text: str, path: str, changes: Mapping[str, str] = _NONE) -> RigConfig:
     """As `load`, of *text*; *path* is used in messages only."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{path}: {error}") from None
+    for key, value in changes.items():
+        _change(table, key.split("."), _plain(value), f"{path}: {key}")
+        text += f"\n# changed: {key} = {value!r}\n"
     _no_other_keys(table, {"host", "mdev", "guest"}, path)
     rig = RigConfig(
         host=_read(HostConfig, table.get("host", {}), f"{path}: host"),
@@ -105,10 +116,14 @@ def parse(text: str, path: str) -> RigConfig:
     return rig
 
 
-def shape(guests: Mapping[str, Sequence[str]], mdevs: Sequence[str] = ()) -> RigConfig:
+def shape(
+    guests: Mapping[str, Sequence[str]],
+    mdevs: Sequence[str] = (),
+    changes: Mapping[str, str] = _NONE,
+) -> RigConfig:
     """A rig of default options: *guests* by name with their mdevs, and *mdevs* that are nobody's.
 
-    Raises ConfigurationError.
+    *changes* and what is raised: as `load`.
     """
     lines = []
     for name in dict.fromkeys([*mdevs, *(mdev for owned in guests.values() for mdev in owned)]):
@@ -119,34 +134,26 @@ def shape(guests: Mapping[str, Sequence[str]], mdevs: Sequence[str] = ()) -> Rig
     need = HOST_OVERHEAD + len(guests) * _GUEST_MEMORY
     if need > _HOST_MEMORY:
         lines += ["[host]", f'memory = "{need // MIB}M"']
-    return parse("\n".join(lines) + "\n", "rig")
+    return parse("\n".join(lines) + "\n", "rig", changes)
 
 
-def with_viommu(
-    rig: RigConfig, host: Mapping[str, Any], guests: Mapping[str, Any], where: str
-) -> RigConfig:
-    """*rig* with these options of the virtual IOMMUs in place of its own, for every guest alike.
-
-    Raises ConfigurationError naming *where*, as for a rig file.
-    """
-    changed = replace(
-        rig,
-        host=replace(rig.host, viommu=_overlaid(rig.host.viommu, host, f"{where}: host.viommu")),
-        guests={
-            name: replace(
-                guest, viommu=_overlaid(guest.viommu, guests, f"{where}: guest.{name}.viommu")
-            )
-            for name, guest in rig.guests.items()
-        },
-    )
-    _check(changed)
-    return changed
+def _plain(text: str) -> Any:
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        found = tomllib.loads(f"value = {text}")
+        if list(found) == ["value"]:
+            return found["value"]
+    return text
 
 
-def _overlaid(options: Viommu, table: Mapping[str, Any], where: str) -> Viommu:
-    given = _read(Viommu, dict(table), where)
-    names = [key.replace("-", "_") for key in table]
-    return replace(options, **{name: getattr(given, name) for name in names})
+def _change(table: Any, keys: list[str], value: Any, where: str) -> None:
+    if not isinstance(table, dict):
+        raise ConfigurationError(f"{where}: no such key")
+    first, *rest = keys
+    for key in list(table) if first == "*" else [first]:
+        if rest:
+            _change(table.setdefault(key, {}), rest, value, where)
+        else:
+            table[key] = value
 
 
 def _no_other_keys(table: dict[str, Any], known: set[str], where: str) -> None:

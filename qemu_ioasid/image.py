@@ -34,6 +34,9 @@ _LISTS = ("packages", "keep", "drop", "libraries", "folders")
 _TABLES = ("links", "files")
 _STRINGS = ("suite", "python", "compile", "applets")
 
+#: The QEMUs the rig has copies of, by what ``--qemu`` calls them, and the image each is in.
+PRIVATE_QEMUS = {"private": "host", "10.0": "qemu-10.0"}
+
 Progress = Callable[[str], None]
 
 
@@ -131,12 +134,15 @@ def build(name: str, *, deadline: Deadline, progress: Progress, recipes: Path = 
     return Image(name, path / f"{name}.erofs", path / "root", manifest, hash_, cached)
 
 
-def private_qemu(*, deadline: Deadline, progress: Progress, recipes: Path = RECIPES) -> Qemu:
-    """The host image's QEMU, run from the folder the image was made from, without a chroot.
+def private_qemu(
+    name: str = "private", *, deadline: Deadline, progress: Progress, recipes: Path = RECIPES
+) -> Qemu:
+    """A QEMU of `PRIVATE_QEMUS`, run from the folder its image was made from, without a chroot.
 
     Raises what `build` raises, and ProcessFailed when it does not start.
     """
-    root = build("host", deadline=deadline, progress=progress, recipes=recipes).root
+    image = PRIVATE_QEMUS[name]
+    root = build(image, deadline=deadline, progress=progress, recipes=recipes).root
     share = root / "usr/share"
     argv = (
         *in_root(root, "usr/bin/qemu-system-x86_64"),
@@ -147,7 +153,7 @@ def private_qemu(*, deadline: Deadline, progress: Progress, recipes: Path = RECI
     said = process.run([*argv, "--version"], env=env, deadline=deadline)
     match = re.search(r"version (\d+(?:\.\d+)+)", said)
     if match is None:
-        raise InfrastructureError("the host image's QEMU tells no version", evidence=said)
+        raise InfrastructureError(f"the {image} image's QEMU tells no version", evidence=said)
     return Qemu(argv, env, match.group(1))
 
 

@@ -10,7 +10,7 @@
     program = "private"         # as --qemu
     [viommu.second-stage]
     [viommu.first-stage]
-    host = { fsts = true }      # laid over the rig's own options; guests = {...} likewise
+    "host.viommu.fsts" = true   # laid over the rig, as --set does
 
 A part that is not there has one value: what the rig and the options say.
 """
@@ -18,20 +18,20 @@ A part that is not there has one value: what the rig and the options say.
 from __future__ import annotations
 
 import itertools
+import json
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qemu_ioasid import config
-from qemu_ioasid.config import RigConfig
 from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.session import Options
 
 _KEYS: dict[str, dict[str, type]] = {
     "kernel": {"profile": str, "series": str},
     "qemu": {"program": str},
-    "viommu": {"host": dict, "guests": dict},
+    # Any key of the rig file.
+    "viommu": {},
 }
 
 
@@ -46,22 +46,19 @@ class Variant:
     where: str = ""
 
     def options(self, given: Options) -> Options:
-        """*given*, with this kernel and this QEMU."""
+        """*given*, with this kernel, this QEMU and these changes of the rig."""
         spec = given.kernel
         if "profile" in self.kernel:
             spec = replace(spec, profile=self.kernel["profile"])
         if "series" in self.kernel:
             series = Path(self.where).parent / self.kernel["series"]
             spec = replace(spec, series=series.absolute())
-        return replace(given, kernel=spec, qemu=self.qemu.get("program", given.qemu))
-
-    def rig(self, given: RigConfig) -> RigConfig:
-        """*given*, with these virtual IOMMUs; raises ConfigurationError where that cannot be."""
-        return config.with_viommu(
+        changes = {key: json.dumps(value) for key, value in self.viommu.items()}
+        return replace(
             given,
-            self.viommu.get("host", {}),
-            self.viommu.get("guests", {}) if given.guests else {},
-            f"{self.where}: {self.name}",
+            kernel=spec,
+            qemu=self.qemu.get("program", given.qemu),
+            changes={**given.changes, **changes},
         )
 
 
@@ -95,10 +92,11 @@ def _check(values: Any, known: dict[str, type], where: str) -> None:
         if not isinstance(value, dict):
             raise ConfigurationError(f"{where}.{name}: must be a table")
         for key, given in value.items():
+            if not known:
+                continue
             if key not in known:
                 raise ConfigurationError(
                     f"{where}.{name}.{key}: unknown key; known are {', '.join(known)}"
                 )
             if not isinstance(given, known[key]):
-                kind = "a string" if known[key] is str else "a table"
-                raise ConfigurationError(f"{where}.{name}.{key}: must be {kind}")
+                raise ConfigurationError(f"{where}.{name}.{key}: must be a string")

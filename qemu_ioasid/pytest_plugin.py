@@ -128,20 +128,20 @@ def _options(config: pytest.Config) -> Options:
     )
 
 
-def _shape(item: pytest.Item) -> RigConfig:
+def _shape(item: pytest.Item, changes: Mapping[str, str]) -> RigConfig:
     mark = item.get_closest_marker("ioasid_rig")
     if mark is None:
         given = item.config.getoption("--ioasid-rig")
-        return config.load(given or config.DEFAULT)
+        return config.load(given or config.DEFAULT, changes)
     guests = dict(mark.kwargs)
     mdevs = guests.pop("mdevs", ())
     if len(mark.args) > 1 or (mark.args and mark.kwargs):
         raise pytest.UsageError(f"{item.nodeid}: a marker is used wrongly: {RIG_MARKER}")
     if mark.args:
-        return config.load(item.path.parent / mark.args[0])
+        return config.load(item.path.parent / mark.args[0], changes)
     if not all(isinstance(owned, list | tuple) for owned in [mdevs, *guests.values()]):
         raise pytest.UsageError(f"{item.nodeid}: a marker is used wrongly: {RIG_MARKER}")
-    return config.shape(guests, mdevs)
+    return config.shape(guests, mdevs, changes)
 
 
 def _missing(reason: str) -> None:
@@ -157,10 +157,9 @@ class _Wish:
     def __init__(self, item: pytest.Item, variant: Variant | None) -> None:
         self.options = _options(item.config)
         try:
-            self.config = _shape(item)
             if variant is not None:
                 self.options = variant.options(self.options)
-                self.config = variant.rig(self.config)
+            self.config = _shape(item, self.options.changes)
             self.parts = _pool(item.config).parts(self.config, self.options)
             for mark in item.iter_markers("ioasid_requires"):
                 for feature in mark.args:

@@ -22,6 +22,7 @@ from qemu_ioasid.errors import (
     RequirementError,
     RigError,
 )
+from qemu_ioasid.image import PRIVATE_QEMUS
 from qemu_ioasid.process import current_run, run, spawn
 from qemu_ioasid.viommu import OLD_NAMES
 
@@ -89,16 +90,16 @@ def probe(argv: tuple[str, ...], env: Mapping[str, str], deadline: Deadline) -> 
 
 def find(
     wanted: str,
-    private: Callable[[], tuple[tuple[str, ...], Mapping[str, str]]],
+    private: Callable[[str], tuple[tuple[str, ...], Mapping[str, str]]],
     say: Callable[[str], None],
     deadline: Deadline,
 ) -> Qemu:
     """The QEMU for the host VM.
 
     *wanted* is ``auto`` (the system's where new enough, else the private copy),
-    ``private``, or a program. Raises RequirementError when there is none.
+    one of `PRIVATE_QEMUS`, or a program. Raises RequirementError when there is none.
     """
-    if wanted not in ("auto", "private"):
+    if wanted not in ("auto", *PRIVATE_QEMUS):
         found = shutil.which(wanted)
         if found is None:
             raise RequirementError(f"--qemu {wanted}: no such program")
@@ -124,7 +125,7 @@ def find(
                     return candidate
                 why = f"the system's QEMU {candidate.version} is too old"
     try:
-        argv, env = private()
+        argv, env = private("private" if wanted == "auto" else wanted)
     except RequirementError as error:
         raise RequirementError(
             f"no QEMU to run ({why}), and no private copy: {error.message}"

@@ -59,16 +59,17 @@ class Pool:
 
     def __init__(self, output: Output) -> None:
         self._output = output
-        self._built: dict[Options, tuple[HostParts, Report]] = {}
+        self._built: dict[tuple[object, ...], tuple[HostParts, Report]] = {}
         self._shared: Used | None = None
         self._life = contextlib.ExitStack()
 
     def _parts(self, config: RigConfig, options: Options) -> tuple[HostParts, Report]:
-        if options not in self._built:
+        key = (options.kernel, options.qemu, options.accelerator, options.append)
+        if key not in self._built:
             report = Report(Path(os.devnull), "", lambda line: None)
             parts = session.build(options, config, self._output, report)
-            self._built[options] = parts, report
-        parts, report = self._built[options]
+            self._built[key] = parts, report
+        parts, report = self._built[key]
         session.check(config, parts.qemu, parts.accelerator)
         return parts, report
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qemu_ioasid import agentdisk, cache, config, image, kernel, qemu, rig, standby
+from qemu_ioasid import agentdisk, cache, config, image, kernel, qemu, rig, scenarios, standby
 from qemu_ioasid.cache import explained
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.deadline import Deadline
@@ -20,7 +20,7 @@ from qemu_ioasid.errors import ConfigurationError, RigError
 from qemu_ioasid.hostvm import HostParts
 from qemu_ioasid.qemu import Qemu
 from qemu_ioasid.report import Report
-from qemu_ioasid.scenarios import SCENARIOS
+from qemu_ioasid.scenarios import table
 from qemu_ioasid.standby import Start
 
 #: A clean build, of the reference machine with other work on it.
@@ -37,8 +37,12 @@ class Options:
 
     rig: Path = config.DEFAULT
     scenario: str = "isolation"
+    #: The checks to make, by name; none: all.
+    checks: tuple[str, ...] = ()
     accelerator: str = "auto"
     qemu: str = "auto"
+    #: Laid over the rig file: see `config.load`.
+    changes: Mapping[str, str] = field(default_factory=dict)
     kernel: kernel.Spec = field(default_factory=kernel.Spec)
     report: Path | None = None
     #: Added to the host VM's kernel command line.
@@ -54,10 +58,12 @@ class Output:
     progress: Callable[[str], None]
 
 
-def private_qemu(output: Output) -> tuple[tuple[str, ...], Mapping[str, str]]:
-    """The private QEMU's argv prefix and environment, built if need be."""
+def private_qemu(
+    output: Output, name: str = "private"
+) -> tuple[tuple[str, ...], Mapping[str, str]]:
+    """A private QEMU's argv prefix and environment, built if need be."""
     found = image.private_qemu(
-        deadline=Deadline(BUILD_SECONDS, "private QEMU"), progress=output.progress
+        name, deadline=Deadline(BUILD_SECONDS, "private QEMU"), progress=output.progress
     )
     return found.argv, found.env
 
@@ -66,7 +72,7 @@ def choose_qemu(options: Options, output: Output) -> tuple[Qemu, str, str]:
     """The host VM's QEMU, the accelerator, and why it is not KVM."""
     found = qemu.find(
         options.qemu,
-        lambda: private_qemu(output),
+        lambda name: private_qemu(output, name),
         output.say,
         Deadline(60, "answers of QEMU to the probe"),
     )
@@ -179,13 +185,9 @@ def run(options: Options, output: Output) -> Report:
     Raises ConfigurationError before there is a report, and KeyboardInterrupt
     and `Terminated` after having written it.
     """
-    if options.scenario not in SCENARIOS:
-        raise ConfigurationError(
-            f"scenario {options.scenario}: unknown; known are {', '.join(SCENARIOS)}"
-        )
-    scenario = SCENARIOS[options.scenario]
-    configuration = config.load(options.rig)
-    scenario.check_shape(configuration)
+    scenario = scenarios.find(options.scenario)
+    configuration = config.load(options.rig, options.changes)
+    rows = table.choose(scenario.rows(configuration), options.checks)
     folder = report_folder(options.report, options.scenario)
     report = Report(folder, options.scenario, output.say, rig=configuration.text)
     try:
@@ -193,7 +195,7 @@ def run(options: Options, output: Output) -> Report:
         with standby.start(
             configuration, parts, options.start, report.phase, output.say, folder
         ) as running:
-            scenario.run(running, report)
+            scenario.run(running, report, rows)
             with report.phase("take it apart"):
                 running.dismantle()
         report.exit_code = 1 if report.failed else 0

@@ -26,7 +26,15 @@ def test_help_tells_the_exit_codes(command: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nonesuch"], ["run", "--accel", "xen"], ["run", "--nonesuch"], ["kernel"]]
+    "arguments",
+    [
+        [],
+        ["nonesuch"],
+        ["run", "--accel", "xen"],
+        ["run", "--nonesuch"],
+        ["run", "--set", "x"],
+        ["kernel"],
+    ],
 )
 def test_usage_is_exit_2(command: Command, arguments: list[str]) -> None:
     ended = command(*arguments)
@@ -62,6 +70,12 @@ def test_unknown_scenario(command: Command) -> None:
     ended = command("run", "nonesuch")
     assert ended.code == 2
     assert "known are isolation" in one_line(ended.err)
+
+
+def test_unknown_check(command: Command) -> None:
+    ended = command("run", "--check", "intra-vm", "--check", "nonesuch")
+    assert ended.code == 2
+    assert "check nonesuch: unknown; known are stage-host, " in one_line(ended.err)
 
 
 def test_missing_rig_file(command: Command) -> None:

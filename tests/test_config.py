@@ -28,7 +28,7 @@ def test_default_rig_suits_the_default_scenario() -> None:
     assert list(found.guests) == ["g1", "g2"]
     assert found.guests["g1"].mdevs == ("a", "b")
     assert found.host.cpus == 1
-    SCENARIOS["isolation"].check_shape(found)
+    SCENARIOS["isolation"].rows(found)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,35 @@ def test_impossible_viommu(options: str, key: str) -> None:
         text += "caching-mode = true\n"
     with pytest.raises(ConfigurationError, match=rf"^rig.toml: guest.g1.viommu.{key}: "):
         config.parse(text, "rig.toml")
+
+
+def test_changes_are_laid_over_the_file() -> None:
+    text = config.DEFAULT.read_text()
+    changes = {"host.viommu.fsts": "true", "guest.*.memory": "96M", "guest.g2.cpus": "2"}
+    found = config.parse(text, "rig.toml", changes)
+    assert found.host.viommu.fsts and found.host.viommu.scalable_mode
+    assert [guest.memory >> 20 for guest in found.guests.values()] == [96, 96]
+    assert [guest.cpus for guest in found.guests.values()] == [1, 2]
+    # What is kept of it says so, and is a rig file still.
+    assert "# changed: host.viommu.fsts = 'true'" in found.text
+    assert config.parse(found.text, "rig.toml").mdevs == found.mdevs
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("host.viommu.nonesuch", "1", "rig.toml: host.viommu.nonesuch: unknown key"),
+        ("nonesuch", "1", "rig.toml: nonesuch: unknown key"),
+        ("host.cpus", "many", "rig.toml: host.cpus: must be a whole number"),
+        ("host.cpus", "1\nmemory = 2", "rig.toml: host.cpus: must be a whole number"),
+        ("host.memory.low", "1", "rig.toml: host.memory.low: no such key"),
+    ],
+)
+def test_a_change_that_cannot_be(key: str, value: str, message: str) -> None:
+    text = config.DEFAULT.read_text()
+    with pytest.raises(ConfigurationError) as caught:
+        config.parse(text, "rig.toml", {key: value})
+    assert caught.value.message.startswith(message)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -100,15 +100,22 @@ def test_the_manifest_names_every_package() -> None:
     assert told["hash"] == _build("host").hash
 
 
-def test_the_private_qemu_is_new_enough() -> None:
-    found = image.private_qemu(deadline=Deadline(300, "QEMU"), progress=print)
-    assert tuple(int(part) for part in found.version.split(".")) >= (11, 1)
+@pytest.mark.parametrize(
+    ("name", "version", "properties"),
+    [
+        ("private", "11.", {"scalable-mode", "fsts", "pasid-bits"}),
+        ("10.0", "10.0.", {"x-scalable-mode", "x-flts", "x-pasid-mode"}),
+    ],
+)
+def test_the_private_qemus(name: str, version: str, properties: set[str]) -> None:
+    found = image.private_qemu(name, deadline=Deadline(300, "QEMU"), progress=print)
+    assert found.version.startswith(version)
     devices = process.run(
         [*found.argv, "-machine", "none", "-device", "intel-iommu,help"],
         env=found.env,
         deadline=Deadline(30, "QEMU's properties"),
     )
-    assert "pasid-bits" in devices
+    assert all(f"{each}=" in devices for each in properties)
 
 
 def test_dropbear_takes_our_host_key(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_system_qemu_is_taken_only_when_new_enough(
 ) -> None:
     """A system without QEMU, then one whose `qemu-system-x86_64` is the private copy itself."""
 
-    def private() -> tuple[tuple[str, ...], Mapping[str, str]]:
+    def private(name: str) -> tuple[tuple[str, ...], Mapping[str, str]]:
         return private_qemu.argv, private_qemu.env
 
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -55,7 +55,7 @@ def test_system_qemu_is_taken_only_when_new_enough(
 
 
 def test_no_private_copy_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def private() -> tuple[tuple[str, ...], Mapping[str, str]]:
+    def private(name: str) -> tuple[tuple[str, ...], Mapping[str, str]]:
         raise RequirementError("no mmdebstrap")
 
     monkeypatch.setenv("PATH", str(tmp_path))

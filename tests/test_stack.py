@@ -134,6 +134,17 @@ def test_isolation_holds(command: Command, tmp_path: Path, built_kernel: Kernel)
             assert (tmp_path / f"report/{vm}.{log}.log").exists(), f"{vm}.{log}"
 
 
+def test_checks_made_alone_bring_about_what_they_need(command: Command) -> None:
+    """In the table's order, whatever the order they were asked for in."""
+    ended = command("run", "--json", "--check", "after-reset-c", "--check", "audit")
+    assert ended.code == 0, ended.err
+    checks = ended.json()["checks"]
+    assert [check["name"] for check in checks] == ["audit", "after-reset-c"]
+    assert {check["verdict"] for check in checks} == {"pass"}
+    phases = [phase["name"] for phase in ended.json()["phases"]]
+    assert phases[-2:] == ["registered PASIDs", "after the guest's death"]
+
+
 @pytest.fixture
 def mutant(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """Our series with one more patch on top, from tests/mutants."""

@@ -167,9 +167,8 @@ class Guest:
                 raise KeyError(f"PASID {pasid} is not bound on {name!r}")
 
     def reset(self) -> None:
-        """As it was when the devices were opened: nothing mapped, nothing bound, no work."""
+        """As it was when the devices were opened: nothing mapped, nothing bound."""
         for opened in self._own.all():
-            opened.ring.reset()
             opened.unmap_all()
         with self._lock:
             self._bindings.clear()

@@ -3,20 +3,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from qemu_ioasid.config import RigConfig
+from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Rig
 from qemu_ioasid.scenarios import isolation
+from qemu_ioasid.scenarios.table import Row
 
 
 class Scenario(NamedTuple):
-    """*check_shape* refuses a rig that lacks what *run* needs, before anything starts."""
+    """*rows* tells the checks on a rig, and refuses one that lacks what they need."""
 
-    check_shape: Callable[[RigConfig], None]
-    run: Callable[[Rig, Report], None]
+    rows: Callable[[RigConfig], list[Row]]
+    run: Callable[[Rig, Report, Sequence[Row]], None]
 
 
-SCENARIOS = {"isolation": Scenario(isolation.check_shape, isolation.run)}
+SCENARIOS = {"isolation": Scenario(isolation.rows, isolation.run)}
+
+
+def find(name: str) -> Scenario:
+    """The scenario *name*; raises ConfigurationError when there is none."""
+    if name not in SCENARIOS:
+        raise ConfigurationError(f"scenario {name}: unknown; known are {', '.join(SCENARIOS)}")
+    return SCENARIOS[name]

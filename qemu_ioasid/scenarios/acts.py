@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import errno
 import itertools
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Binding, Completion, Descriptor, Guest, Rig, copy
 from qemu_ioasid.scenarios.checks import Checks, Trial
+from qemu_ioasid.scenarios.table import Row
 from qemu_ioasid.scenarios.witness import Witnesses, moved
 
 #: Every range bound in an arena is one slot: a copy's source at its start, its target past HALF.
@@ -32,6 +33,21 @@ class Acts:
         self.witnesses = Witnesses(rig)
         # The first slot holds the nonce.
         self._slots = {guest: itertools.count(SLOT, SLOT) for guest in rig.guests}
+        #: Every device's guest.
+        self.owner = {device: guest for guest in rig.guests.values() for device in guest.mdevs}
+
+    def run(self, rows: Sequence[Row]) -> None:
+        """Make the checks of *rows*, phase by phase."""
+        with self.report.phase("prepare the arenas"):
+            # Every byte of every arena gets a value of its own, and the kernel's witness listens.
+            for guest in self.rig.guests.values():
+                guest.agent.call("fill")
+            self.rig.host.agent.call("trace_start")
+        for phase, group in itertools.groupby(rows, lambda row: row.phase):
+            with self.report.phase(phase):
+                for row in group:
+                    with self.checks.check(row.name, row.tried) as trial:
+                        row.act(self, trial, *row.arguments)
 
     def slot(self, guest: Guest) -> int:
         """The offset of a slot of *guest*'s arena that no check has used."""
@@ -40,12 +56,6 @@ class Acts:
     def bind(self, guest: Guest, device: str, pasid: int | None = None) -> Binding:
         """Register a fresh slot of *guest* on *device*."""
         return self.rig.bind(guest.name, device, self.slot(guest), SLOT, pasid)
-
-    def devices(self) -> Iterator[tuple[Guest, str]]:
-        """Every device with its guest."""
-        for guest in self.rig.guests.values():
-            for device in guest.mdevs:
-                yield guest, device
 
     def work(self, pasid: int | None, iova: int) -> Descriptor:
         """The copy within the slot mapped at *iova* that most checks try."""

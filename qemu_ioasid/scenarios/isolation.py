@@ -8,7 +8,7 @@ second at least one (c), all on one parent.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 
 from qemu_ioasid import vtd
 from qemu_ioasid.config import RigConfig
@@ -17,9 +17,10 @@ from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.guestvm import device_address
 from qemu_ioasid.machine import Machine
 from qemu_ioasid.report import Report
-from qemu_ioasid.rig import Guest, Rig, copy
+from qemu_ioasid.rig import Binding, Completion, Guest, Rig, copy
 from qemu_ioasid.scenarios.acts import HALF, LENGTH, OWN_IOVA, SLOT, SOURCE_AT, TARGET_AT, Acts
 from qemu_ioasid.scenarios.checks import Trial
+from qemu_ioasid.scenarios.table import Row, Table
 from qemu_ioasid.scenarios.witness import moved
 
 PAGE = 4096
@@ -28,78 +29,66 @@ FOREIGN_ID = 64
 #: How long an unregister that must wait is watched for returning, in seconds.
 EARLY_SECONDS = 1.0
 
+TABLE = Table()
+_STAGE = TABLE.phase("the stage")
+_WITHOUT = TABLE.phase("work without a PASID")
+_REGISTERED = TABLE.phase("registered PASIDs")
+_UNREGISTERED = TABLE.phase("unregistered PASIDs")
+_BETWEEN = TABLE.phase("between devices and VMs")
+_AFTERWARDS = TABLE.phase("after unregister, free and replace")
+_EDGES = TABLE.phase("work in flight, work past the end")
+_DEATH = TABLE.phase("after the guest's death")
 
-def check_shape(config: RigConfig) -> None:
-    """Raise ConfigurationError when a rig has not the guests and mdevs this scenario needs."""
-    mdevs = [len(guest.mdevs) for guest in config.guests.values()]
-    if len(mdevs) < 2 or mdevs[0] < 2 or mdevs[1] < 1:
+
+def parts(config: RigConfig) -> dict[str, str]:
+    """Which guests and mdevs play which part.
+
+    Raises ConfigurationError when a rig has not the guests and mdevs this scenario needs.
+    """
+    mdevs = [guest.mdevs for guest in config.guests.values()]
+    if len(mdevs) < 2 or len(mdevs[0]) < 2 or len(mdevs[1]) < 1:
         raise ConfigurationError(
             f"{config.path}: scenario isolation needs two guests, the first with two mdevs, "
             "the second with one"
         )
+    g1, g2 = list(config.guests)[:2]
+    return {"g1": g1, "g2": g2, "a": mdevs[0][0], "b": mdevs[0][1], "c": mdevs[1][0]}
 
 
-def run(rig: Rig, report: Report) -> None:
-    """Make all checks; failures are in the report, a rig that broke is raised."""
-    Isolation(rig, report).run()
+def rows(config: RigConfig) -> list[Row]:
+    """The checks on a rig; raises as `parts`."""
+    return TABLE.rows(config, parts(config))
+
+
+def run(rig: Rig, report: Report, rows: Sequence[Row]) -> None:
+    """Make the checks of *rows*; failures are in the report, a rig that broke is raised."""
+    Isolation(rig, report).run(rows)
 
 
 class Isolation(Acts):
-    """The scenario: which guests and mdevs play which part."""
+    """The scenario on a rig."""
 
     def __init__(self, rig: Rig, report: Report) -> None:
         super().__init__(rig, report)
-        self.g1, self.g2 = list(rig.guests.values())[:2]
-        self.a, self.b, self.c = self.g1.mdevs[0], self.g1.mdevs[1], self.g2.mdevs[0]
+        play = parts(rig.config)
+        self.g1, self.g2 = rig.guests[play["g1"]], rig.guests[play["g2"]]
+        self.a, self.b, self.c = play["a"], play["b"], play["c"]
 
-    def run(self) -> None:
-        """All checks, in an order in which each finds what it needs."""
-        phases: tuple[tuple[str, Callable[[], None]], ...] = (
-            ("prepare the arenas", self.prepare),
-            ("the stage", self.stage),
-            ("work without a PASID", self.without_pasid),
-            ("registered PASIDs", self.registered),
-            ("unregistered PASIDs", self.unregistered),
-            ("between devices and VMs", self.between),
-            ("after unregister, free and replace", self.afterwards),
-            ("work in flight, work past the end", self.edges),
-            ("after the guest's death", self.death),
-        )
-        for name, part in phases:
-            with self.report.phase(name):
-                part()
+    # The stage: both levels translate in scalable mode; an address is an offset in the RAM file
 
-    def prepare(self) -> None:
-        """Give every byte of every arena a value of its own, and start the kernel's witness."""
-        for guest in self.rig.guests.values():
-            guest.agent.call("fill")
-        self.rig.host.agent.call("trace_start")
+    @_STAGE("stage-{vm}", "read the VT-d registers through QMP")
+    def _stage(self, trial: Trial, vm: str) -> None:
+        machine: Machine = self.rig.host if vm == "host" else self.rig.guests[vm].machine
+        found = vtd.stage(machine.qmp)
+        mode = "scalable" if found.scalable else "legacy"
+        trial.answer(f"translation {'on' if found.enabled else 'off'}, {mode} mode")
+        trial.saw(f"root table at {found.root:#x}")
+        trial.require(found.enabled, "translation is off")
+        trial.require(found.scalable, "the root table is not in scalable mode")
 
-    # The stage
-
-    def stage(self) -> None:
-        """Both levels translate in scalable mode; an address is an offset in the RAM file."""
-        machines: list[Machine] = [
-            self.rig.host,
-            *(guest.machine for guest in self.rig.guests.values()),
-        ]
-        for machine in machines:
-            with self.checks.check(
-                f"stage-{machine.name}", "read the VT-d registers through QMP"
-            ) as trial:
-                found = vtd.stage(machine.qmp)
-                mode = "scalable" if found.scalable else "legacy"
-                trial.answer(f"translation {'on' if found.enabled else 'off'}, {mode} mode")
-                trial.saw(f"root table at {found.root:#x}")
-                trial.require(found.enabled, "translation is off")
-                trial.require(found.scalable, "the root table is not in scalable mode")
-        for guest in self.rig.guests.values():
-            with self.checks.check(
-                f"same-bytes-{guest.name}", "pmemsave the arena's first bytes through QMP"
-            ) as trial:
-                self._same_bytes(guest, trial)
-
-    def _same_bytes(self, guest: Guest, trial: Trial) -> None:
+    @_STAGE("same-bytes-{guest}", "pmemsave the arena's first bytes through QMP")
+    def _same_bytes(self, trial: Trial, name: str) -> None:
+        guest = self.rig.guests[name]
         deadline = Deadline(20, f"pmemsave in {guest.name}")
         nonce = guest.agent.call("nonce")["hex"]
         length = len(nonce) // 2
@@ -114,28 +103,35 @@ class Isolation(Acts):
         trial.require(in_file == nonce, "the guest's nonce is not at that offset of its RAM file")
         trial.saw("the guest, QEMU and the RAM file show the same nonce")
 
-    # Work without a PASID
+    # Work without a PASID goes through the guest's own virtual IOMMU, and faults without it
 
-    def without_pasid(self) -> None:
-        """Such work goes through the guest's own virtual IOMMU, and faults without it."""
-        for guest, device in self.devices():
-            offset = self.slot(guest)
-            with self.checks.check(
-                f"no-pasid-mapped-{device}",
-                f"{device} copies without a PASID, mapped by {guest.name}",
-            ) as trial:
-                guest.agent.call("ioas_map", name=device, iova=OWN_IOVA, offset=offset, length=SLOT)
-                self._walk(guest, device, offset, trial)
-                self.moves(trial, guest, device, None, OWN_IOVA, offset)
-            with self.checks.check(
-                f"no-pasid-unmapped-{device}", f"{device} copies without a PASID, unmapped"
-            ) as trial:
-                guest.agent.call("ioas_unmap", name=device, iova=OWN_IOVA, length=SLOT)
-                self._walk(guest, device, None, trial)
-                # The fault is the attempt to read; a write is never tried.
-                with self.witnesses.around(trial, reads=(OWN_IOVA + SOURCE_AT, LENGTH)):
-                    (done,) = guest.submit(device, self.work(None, OWN_IOVA))
-                    self.faulted(trial, done, OWN_IOVA + SOURCE_AT)
+    @contextlib.contextmanager
+    def _own(self, trial: Trial, device: str) -> Iterator[int]:
+        """A slot mapped at OWN_IOVA in *device*'s own address space; gives its offset."""
+        guest = self.owner[device]
+        offset = self.slot(guest)
+        guest.agent.call("ioas_map", name=device, iova=OWN_IOVA, offset=offset, length=SLOT)
+        try:
+            self._walk(guest, device, offset, trial)
+            yield offset
+        finally:
+            guest.agent.call("ioas_unmap", name=device, iova=OWN_IOVA, length=SLOT)
+
+    @_WITHOUT("no-pasid-mapped-{device}", "{device} copies without a PASID, mapped by {guest}")
+    def _mapped(self, trial: Trial, device: str) -> None:
+        with self._own(trial, device) as offset:
+            self.moves(trial, self.owner[device], device, None, OWN_IOVA, offset)
+
+    @_WITHOUT("no-pasid-unmapped-{device}", "{device} copies without a PASID, unmapped")
+    def _unmapped(self, trial: Trial, device: str) -> None:
+        guest = self.owner[device]
+        with self._own(trial, device):
+            pass
+        self._walk(guest, device, None, trial)
+        # The fault is the attempt to read; a write is never tried.
+        with self.witnesses.around(trial, reads=(OWN_IOVA + SOURCE_AT, LENGTH)):
+            (done,) = guest.submit(device, self.work(None, OWN_IOVA))
+            self.faulted(trial, done, OWN_IOVA + SOURCE_AT)
 
     def _walk(self, guest: Guest, device: str, offset: int | None, trial: Trial) -> None:
         """Require the guest's own tables to map OWN_IOVA to *offset*, or None: not to map it."""
@@ -157,74 +153,46 @@ class Isolation(Acts):
 
     # Registered and not
 
-    def registered(self) -> None:
-        """A registered PASID moves exactly the bytes asked for, on each device."""
-        for guest, device in self.devices():
-            with self.checks.check(
-                f"registered-{device}", f"{device} of {guest.name} copies with its own PASID"
-            ) as trial:
-                own = self.bind(guest, device)
-                trial.answer(f"register PASID {own.pasid}: 0")
-                self.moves(trial, guest, device, own.pasid, own.iova, own.offset)
-        self._audit("audit")
+    @_REGISTERED("registered-{device}", "{device} of {guest} copies with its own PASID")
+    def _registered(self, trial: Trial, device: str) -> None:
+        guest = self.owner[device]
+        own = self.bind(guest, device)
+        trial.answer(f"register PASID {own.pasid}: 0")
+        self.moves(trial, guest, device, own.pasid, own.iova, own.offset)
 
-    def _audit(self, name: str) -> None:
-        with self.checks.check(name, "compare the ledger with the kernel's own lists") as trial:
-            audit = self.registrar.audit()
-            lists = {device: self.registrar.kernel_list(device) for _, device in self.devices()}
-            trial.answer(", ".join(f"{device}: {pasids}" for device, pasids in lists.items()))
-            trial.require(
-                audit["agrees"] and not audit["unsettled"], f"ledger and kernel differ: {audit}"
-            )
-            trial.require(all(lists.values()), "a list is empty that must not be")
-            listed = sorted({pasid for pasids in lists.values() for pasid in pasids})
-            table = self.registrar.kernel_table()
-            trial.require(table == listed, f"the parent's table has {table}, the lists {listed}")
-            trial.saw("the ledger, the kernel's lists and the parent's table are the same")
+    @_REGISTERED("audit", "compare the ledger with the kernel's own lists")
+    def _audit(self, trial: Trial) -> None:
+        """With a PASID registered on each device, all books agree."""
+        for device, guest in self.owner.items():
+            if not self.registrar.kernel_list(device):
+                self.bind(guest, device)
+        audit = self.registrar.audit()
+        lists = {device: self.registrar.kernel_list(device) for device in self.owner}
+        trial.answer(", ".join(f"{device}: {pasids}" for device, pasids in lists.items()))
+        trial.require(
+            audit["agrees"] and not audit["unsettled"], f"ledger and kernel differ: {audit}"
+        )
+        trial.require(all(lists.values()), "a list is empty that must not be")
+        listed = sorted({pasid for pasids in lists.values() for pasid in pasids})
+        table = self.registrar.kernel_table()
+        trial.require(table == listed, f"the parent's table has {table}, the lists {listed}")
+        trial.saw("the ledger, the kernel's lists and the parent's table are the same")
 
-    def unregistered(self) -> None:
-        """A PASID that nobody registered is refused, allocated or not."""
-        for guest, device in self.devices():
-            with self.checks.check(
-                f"unregistered-{device}",
-                f"{device} of {guest.name} names a PASID nobody registered",
-            ) as trial:
-                iova = guest.agent.call("bind_request", name=device, offset=SLOT, length=SLOT)[
-                    "iova"
-                ]
-                self.refused(trial, guest, device, self.registrar.alloc(guest.name), iova)
-                self.refused(trial, guest, device, (1 << 20) - 1, iova)
+    @_UNREGISTERED("unregistered-{device}", "{device} of {guest} names a PASID nobody registered")
+    def _unregistered(self, trial: Trial, device: str) -> None:
+        guest = self.owner[device]
+        iova = guest.agent.call("bind_request", name=device, offset=SLOT, length=SLOT)["iova"]
+        self.refused(trial, guest, device, self.registrar.alloc(guest.name), iova)
+        self.refused(trial, guest, device, (1 << 20) - 1, iova)
 
-    def between(self) -> None:
-        """What is one device's is not another's: in one VM, and between two."""
-        with self.checks.check(
-            "intra-vm",
-            f"{self.b} names a PASID registered for {self.a} only, both {self.g1.name}'s",
-        ) as trial:
-            binding = self.bind(self.g1, self.a)
-            self.refused(trial, self.g1, self.b, binding.pasid, binding.iova)
-        with self.checks.check(
-            "intra-vm-shared",
-            f"register one PASID for {self.a} and {self.b}, then take it from {self.b}",
-        ) as trial:
-            self._shared(trial)
-        with self.checks.check(
-            "inter-vm-use", f"{self.c} of {self.g2.name} names a PASID that {self.g1.name} holds"
-        ) as trial:
-            binding = self.bind(self.g1, self.a)
-            self.refused(trial, self.g2, self.c, binding.pasid, binding.iova)
-        with self.checks.check(
-            "inter-vm-register",
-            f"register a PASID that {self.g1.name} holds for {self.c} of {self.g2.name}",
-        ) as trial:
-            held = self.bind(self.g1, self.a)
-            own = self.registrar.ioas(self.g2.name)
-            with trial.refusal("EBUSY", f"register PASID {held.pasid} for {self.c}"):
-                self.registrar.raw_attach(self.c, held.pasid, own)
-            self.refused(trial, self.g2, self.c, held.pasid, held.iova)
-            self.registrar.destroy(self.g2.name, own)
-        self._foreign_ioas()
+    # What is one device's is not another's: in one VM, and between two
 
+    @_BETWEEN("intra-vm", "{b} names a PASID registered for {a} only, both {g1}'s")
+    def _intra_vm(self, trial: Trial) -> None:
+        binding = self.bind(self.g1, self.a)
+        self.refused(trial, self.g1, self.b, binding.pasid, binding.iova)
+
+    @_BETWEEN("intra-vm-shared", "register one PASID for {a} and {b}, then take it from {b}")
     def _shared(self, trial: Trial) -> None:
         """Both may use what both have; neither can move it; each loses its own entry only."""
         both = self.bind(self.g1, self.a)
@@ -240,30 +208,39 @@ class Isolation(Acts):
         self.moves(trial, self.g1, self.a, both.pasid, both.iova, both.offset)
         self.registrar.destroy(self.g1.name, other)
 
-    def _foreign_ioas(self) -> None:
-        with self.checks.check(
-            "inter-vm-ioas-id",
-            f"register, for {self.c}, an IOAS id that only {self.g1.name}'s iommufd has",
-        ) as trial:
-            # An iommufd gives the lowest free id, so the other one's are below its few objects.
-            spare = [self.registrar.ioas(self.g1.name)]
-            while spare[-1] <= FOREIGN_ID:
-                spare.append(self.registrar.ioas(self.g1.name))
-            offset = self.slot(self.g1)
-            self.registrar.map(self.g1.name, spare[-1], OWN_IOVA, self.g1.gpa + offset, SLOT)
-            pasid = self.registrar.alloc(self.g2.name)
-            with trial.refusal("ENOENT", f"register IOAS {spare[-1]}"):
-                self.registrar.raw_attach(self.c, pasid, spare[-1])
-            self.refused(trial, self.g2, self.c, pasid, OWN_IOVA)
-            for ioas in spare:
-                self.registrar.destroy(self.g1.name, ioas)
-        with self.checks.check(
-            "inter-vm-equal-id",
-            f"register, for {self.c}, an IOAS id that names {self.g1.name}'s memory there "
-            f"and {self.g2.name}'s here",
-        ) as trial:
-            self._equal_ids(trial)
+    @_BETWEEN("inter-vm-use", "{c} of {g2} names a PASID that {g1} holds")
+    def _inter_vm_use(self, trial: Trial) -> None:
+        binding = self.bind(self.g1, self.a)
+        self.refused(trial, self.g2, self.c, binding.pasid, binding.iova)
 
+    @_BETWEEN("inter-vm-register", "register a PASID that {g1} holds for {c} of {g2}")
+    def _inter_vm_register(self, trial: Trial) -> None:
+        held = self.bind(self.g1, self.a)
+        own = self.registrar.ioas(self.g2.name)
+        with trial.refusal("EBUSY", f"register PASID {held.pasid} for {self.c}"):
+            self.registrar.raw_attach(self.c, held.pasid, own)
+        self.refused(trial, self.g2, self.c, held.pasid, held.iova)
+        self.registrar.destroy(self.g2.name, own)
+
+    @_BETWEEN("inter-vm-ioas-id", "register, for {c}, an IOAS id that only {g1}'s iommufd has")
+    def _foreign_ioas(self, trial: Trial) -> None:
+        # An iommufd gives the lowest free id, so the other one's are below its few objects.
+        spare = [self.registrar.ioas(self.g1.name)]
+        while spare[-1] <= FOREIGN_ID:
+            spare.append(self.registrar.ioas(self.g1.name))
+        offset = self.slot(self.g1)
+        self.registrar.map(self.g1.name, spare[-1], OWN_IOVA, self.g1.gpa + offset, SLOT)
+        pasid = self.registrar.alloc(self.g2.name)
+        with trial.refusal("ENOENT", f"register IOAS {spare[-1]}"):
+            self.registrar.raw_attach(self.c, pasid, spare[-1])
+        self.refused(trial, self.g2, self.c, pasid, OWN_IOVA)
+        for ioas in spare:
+            self.registrar.destroy(self.g1.name, ioas)
+
+    @_BETWEEN(
+        "inter-vm-equal-id",
+        "register, for {c}, an IOAS id that names {g1}'s memory there and {g2}'s here",
+    )
     def _equal_ids(self, trial: Trial) -> None:
         """On both iommufds an IOAS of one number, each mapping its guest's slot at one IOVA."""
         one, two = self.registrar.ioas(self.g1.name), self.registrar.ioas(self.g2.name)
@@ -281,26 +258,18 @@ class Isolation(Acts):
         self.moves(trial, self.g2, self.c, pasid, OWN_IOVA, slots[self.g2.name])
         self.registrar.unregister(self.c, pasid)
 
-    # Afterwards
+    # What was taken back is refused, what was replaced is the new memory only
 
-    def afterwards(self) -> None:
-        """What was taken back is refused, what was replaced is the new memory only."""
-        for guest, device in self.devices():
-            with self.checks.check(
-                f"after-unregister-{device}", f"{device} names a PASID that was unregistered"
-            ) as trial:
-                self._taken_back(trial, guest, device, free=False)
-            with self.checks.check(
-                f"after-free-{device}", f"{device} names a PASID that was unregistered and freed"
-            ) as trial:
-                self._taken_back(trial, guest, device, free=True)
-            with self.checks.check(
-                f"after-replace-{device}", f"{device} names a PASID whose IOAS was replaced"
-            ) as trial:
-                self._replaced(trial, guest, device)
-        self._audit("audit-afterwards")
+    @_AFTERWARDS("after-unregister-{device}", "{device} names a PASID that was unregistered")
+    def _unregister(self, trial: Trial, device: str) -> None:
+        self._taken_back(trial, device, free=False)
 
-    def _taken_back(self, trial: Trial, guest: Guest, device: str, *, free: bool) -> None:
+    @_AFTERWARDS("after-free-{device}", "{device} names a PASID that was unregistered and freed")
+    def _free(self, trial: Trial, device: str) -> None:
+        self._taken_back(trial, device, free=True)
+
+    def _taken_back(self, trial: Trial, device: str, *, free: bool) -> None:
+        guest = self.owner[device]
         binding = self.bind(guest, device)
         self.rig.unbind(binding)
         trial.answer("unregister: 0")
@@ -308,48 +277,36 @@ class Isolation(Acts):
             self.registrar.free(binding.pasid)
         self.refused(trial, guest, device, binding.pasid, binding.iova)
 
-    def _replaced(self, trial: Trial, guest: Guest, device: str) -> None:
+    @_AFTERWARDS("after-replace-{device}", "{device} names a PASID whose IOAS was replaced")
+    def _replace(self, trial: Trial, device: str) -> None:
+        guest = self.owner[device]
         old = self.bind(guest, device)
-        new = self.slot(guest)
-        ioas = self.registrar.ioas(guest.name)
-        self.registrar.map(guest.name, ioas, old.iova, guest.gpa + new, SLOT)
-        self.registrar.replace(device, old.pasid, ioas)
+        new = self._replaced(old)
         trial.answer("replace: 0")
         self.moves(trial, guest, device, old.pasid, old.iova, new)
         # The old address space is nobody's now, so it can go.
         self.registrar.destroy(guest.name, old.ioas)
 
-    # Edges
+    def _replaced(self, old: Binding) -> int:
+        """Have a binding name a fresh slot; gives its offset."""
+        guest = self.rig.guests[old.guest]
+        new = self.slot(guest)
+        ioas = self.registrar.ioas(guest.name)
+        self.registrar.map(guest.name, ioas, old.iova, guest.gpa + new, SLOT)
+        self.registrar.replace(old.device, old.pasid, ioas)
+        return new
 
-    def edges(self) -> None:
-        """Work in flight ends before unregister returns; work past the end stays inside."""
-        with self.checks.check(
-            "in-flight", f"unregister while {self.a} is in the middle of a write that sleeps"
-        ) as trial:
-            self._in_flight(trial)
-        for guest, device in self.devices():
-            with self.checks.check(
-                f"past-the-end-{device}",
-                f"{device} copies 64 bytes to, then from, the last 32 of the range",
-            ) as trial:
-                self._past_the_end(trial, guest, device)
+    @_AFTERWARDS("audit-afterwards", "compare the ledger with the kernel's own lists")
+    def _audit_afterwards(self, trial: Trial) -> None:
+        """With PASIDs taken back and replaced on each device, all books agree still."""
+        for device, guest in self.owner.items():
+            self.rig.unbind(self.bind(guest, device))
+            self._replaced(self.bind(guest, device))
+        self._audit(trial)
 
-    def _past_the_end(self, trial: Trial, guest: Guest, device: str) -> None:
-        binding = self.bind(guest, device)
-        start, edge = binding.iova, binding.iova + SLOT - 32
-        with self.witnesses.around(
-            trial,
-            target=guest.name,
-            within=(binding.offset + SLOT - 32, 32),
-            reads=(start, 64),
-            writes=(edge, 64),
-        ):
-            (done,) = guest.submit(device, copy(binding.pasid, start, edge, 64))
-            self.faulted(trial, done, edge)
-        with self.witnesses.around(trial, reads=(edge, 64)):
-            (done,) = guest.submit(device, copy(binding.pasid, edge, start, 64))
-            self.faulted(trial, done, edge)
+    # Work in flight ends before unregister returns; work past the end stays inside
 
+    @_EDGES("in-flight", "unregister while {a} is in the middle of a write that sleeps")
     def _in_flight(self, trial: Trial) -> None:
         """The target is memory of the host side that sleeps until released (userfaultfd)."""
         host = self.rig.host.agent
@@ -394,38 +351,68 @@ class Isolation(Acts):
         trial.answer("unregister: 0")
         trial.require(not early, "unregister returned with a write still in flight")
 
-    # Death
+    @_EDGES(
+        "past-the-end-{device}", "{device} copies 64 bytes to, then from, the last 32 of the range"
+    )
+    def _past_the_end(self, trial: Trial, device: str) -> None:
+        guest = self.owner[device]
+        binding = self.bind(guest, device)
+        start, edge = binding.iova, binding.iova + SLOT - 32
+        with self.witnesses.around(
+            trial,
+            target=guest.name,
+            within=(binding.offset + SLOT - 32, 32),
+            reads=(start, 64),
+            writes=(edge, 64),
+        ):
+            (done,) = guest.submit(device, copy(binding.pasid, start, edge, 64))
+            self.faulted(trial, done, edge)
+        with self.witnesses.around(trial, reads=(edge, 64)):
+            (done,) = guest.submit(device, copy(binding.pasid, edge, start, 64))
+            self.faulted(trial, done, edge)
 
-    def death(self) -> None:
-        """The list dies with the last close of the device: a new open starts with none."""
-        with self.checks.check(
-            f"after-death-{self.c}",
-            f"kill {self.g2.name}'s QEMU, open {self.c} again and name the old PASID",
-        ) as trial:
-            held = self.bind(self.g2, self.c)
-            host = self.rig.host.agent
-            self.rig.stop_guest(self.g2.name)
-            self.witnesses.gone(self.g2.name)
-            host.call("device_open", name=self.c)
+    # The list dies with the last close of the device: a new open starts with none
+
+    @contextlib.contextmanager
+    def _inherited(self) -> Iterator[None]:
+        """The device of a guest that is dead, opened by the host side."""
+        host = self.rig.host.agent
+        self.rig.stop_guest(self.g2.name)
+        self.witnesses.gone(self.g2.name)
+        host.call("device_open", name=self.c)
+        try:
+            yield
+        finally:
+            host.call("device_close", name=self.c)
+
+    def _submitted(self, pasid: int, iova: int) -> Completion:
+        """`work`, done by the inherited device."""
+        done: list[Completion] = self.rig.host.agent.call(
+            "device_submit",
+            name=self.c,
+            descriptors=[self.work(pasid, iova)],
+            seconds=20 * calibration(),
+        )
+        return done[0]
+
+    @_DEATH("after-death-{c}", "kill {g2}'s QEMU, open {c} again and name the old PASID")
+    def _death(self, trial: Trial) -> None:
+        held = self.bind(self.g2, self.c)
+        with self._inherited():
             left = self.registrar.kernel_list(self.c)
             trial.answer(f"the kernel's list after the new open: {left}")
             with self.witnesses.around(trial):
-                (done,) = host.call(
-                    "device_submit",
-                    name=self.c,
-                    descriptors=[self.work(held.pasid, held.iova)],
-                    seconds=20 * calibration(),
-                )
-                trial.require_status(done, "REFUSED")
+                trial.require_status(self._submitted(held.pasid, held.iova), "REFUSED")
             trial.require(left == [], f"the list is not empty after a new open: {left}")
-        with self.checks.check(
-            f"after-reset-{self.c}",
-            f"reset {self.c}, opened by the host side, with a PASID in its list",
-        ) as trial:
-            self._reset(trial)
 
+    @_DEATH("after-reset-{c}", "reset {c}, opened by the host side, with a PASID in its list")
     def _reset(self, trial: Trial) -> None:
         """A reset cancels work and keeps the list."""
+        with self._inherited():
+            self._kept(trial)
+        trial.require(self.registrar.kernel_list(self.c) == [], "the close did not end the list")
+
+    def _kept(self, trial: Trial) -> None:
         host = self.rig.host.agent
         iommufd = f"agent:{self.c}"
         ioas = self.registrar.ioas(iommufd)
@@ -453,12 +440,4 @@ class Isolation(Acts):
             reads=(OWN_IOVA + SOURCE_AT, LENGTH),
             writes=(OWN_IOVA + TARGET_AT, LENGTH),
         ):
-            (done,) = host.call(
-                "device_submit",
-                name=self.c,
-                descriptors=[self.work(pasid, OWN_IOVA)],
-                seconds=20 * calibration(),
-            )
-            trial.require_status(done, "DONE")
-        host.call("device_close", name=self.c)
-        trial.require(self.registrar.kernel_list(self.c) == [], "the close did not end the list")
+            trial.require_status(self._submitted(pasid, OWN_IOVA), "DONE")
