@@ -280,6 +280,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 
 def _judge(item: pytest.Item, *, final: bool) -> None:
+    said = ""
     for used, seen in item.stash.get(_USED, []):
         try:
             # A rig that is broken otherwise may not answer: that failure is there already.
@@ -288,7 +289,9 @@ def _judge(item: pytest.Item, *, final: bool) -> None:
                     used.rig.settle()
             used.rig.check_consoles(seen)
         except KernelBroke as error:
-            pytest.fail(f"{error.message}\n{error.evidence}", pytrace=False)
+            said = said or f"{error.message}\n{error.evidence}"
+    if said:
+        raise pytest.fail.Exception(said, pytrace=False) from None
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,7 +10,7 @@ from qemu_ioasid.config import RigConfig
 from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Rig
-from qemu_ioasid.scenarios import isolation
+from qemu_ioasid.scenarios import isolation, stage
 from qemu_ioasid.scenarios.table import Row
 
 
@@ -21,7 +21,10 @@ class Scenario(NamedTuple):
     run: Callable[[Rig, Report, Sequence[Row]], None]
 
 
-SCENARIOS = {"isolation": Scenario(isolation.rows, isolation.run)}
+SCENARIOS = {
+    "isolation": Scenario(isolation.rows, isolation.run),
+    "boot": Scenario(stage.rows, stage.run),
+}
 
 
 def find(name: str) -> Scenario:

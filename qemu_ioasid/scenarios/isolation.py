@@ -15,11 +15,12 @@ from qemu_ioasid.config import RigConfig
 from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.guestvm import device_address
-from qemu_ioasid.machine import Machine
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Binding, Completion, Guest, Rig, copy
-from qemu_ioasid.scenarios.acts import HALF, LENGTH, OWN_IOVA, SLOT, SOURCE_AT, TARGET_AT, Acts
+from qemu_ioasid.scenarios import stage
+from qemu_ioasid.scenarios.acts import HALF, LENGTH, OWN_IOVA, SLOT, SOURCE_AT, TARGET_AT
 from qemu_ioasid.scenarios.checks import Trial
+from qemu_ioasid.scenarios.stage import Stage
 from qemu_ioasid.scenarios.table import Row, Table
 from qemu_ioasid.scenarios.witness import moved
 
@@ -30,7 +31,6 @@ FOREIGN_ID = 64
 EARLY_SECONDS = 1.0
 
 TABLE = Table()
-_STAGE = TABLE.phase("the stage")
 _WITHOUT = TABLE.phase("work without a PASID")
 _REGISTERED = TABLE.phase("registered PASIDs")
 _UNREGISTERED = TABLE.phase("unregistered PASIDs")
@@ -57,7 +57,7 @@ def parts(config: RigConfig) -> dict[str, str]:
 
 def rows(config: RigConfig) -> list[Row]:
     """The checks on a rig; raises as `parts`."""
-    return TABLE.rows(config, parts(config))
+    return [*stage.rows(config), *TABLE.rows(config, parts(config))]
 
 
 def run(rig: Rig, report: Report, rows: Sequence[Row]) -> None:
@@ -65,7 +65,7 @@ def run(rig: Rig, report: Report, rows: Sequence[Row]) -> None:
     Isolation(rig, report).run(rows)
 
 
-class Isolation(Acts):
+class Isolation(Stage):
     """The scenario on a rig."""
 
     def __init__(self, rig: Rig, report: Report) -> None:
@@ -73,35 +73,6 @@ class Isolation(Acts):
         play = parts(rig.config)
         self.g1, self.g2 = rig.guests[play["g1"]], rig.guests[play["g2"]]
         self.a, self.b, self.c = play["a"], play["b"], play["c"]
-
-    # The stage: both levels translate in scalable mode; an address is an offset in the RAM file
-
-    @_STAGE("stage-{vm}", "read the VT-d registers through QMP")
-    def _stage(self, trial: Trial, vm: str) -> None:
-        machine: Machine = self.rig.host if vm == "host" else self.rig.guests[vm].machine
-        found = vtd.stage(machine.qmp)
-        mode = "scalable" if found.scalable else "legacy"
-        trial.answer(f"translation {'on' if found.enabled else 'off'}, {mode} mode")
-        trial.saw(f"root table at {found.root:#x}")
-        trial.require(found.enabled, "translation is off")
-        trial.require(found.scalable, "the root table is not in scalable mode")
-
-    @_STAGE("same-bytes-{guest}", "pmemsave the arena's first bytes through QMP")
-    def _same_bytes(self, trial: Trial, name: str) -> None:
-        guest = self.rig.guests[name]
-        deadline = Deadline(20, f"pmemsave in {guest.name}")
-        nonce = guest.agent.call("nonce")["hex"]
-        length = len(nonce) // 2
-        path = f"/run/{guest.name}.pmem"
-        guest.machine.qmp.execute("pmemsave", deadline, val=guest.gpa, size=length, filename=path)
-        saved = self.rig.host.ssh.get(path, deadline).hex()
-        in_file = self.rig.host.agent.call("read", guest=guest.name, gpa=guest.gpa, length=length)[
-            "hex"
-        ]
-        trial.answer(f"guest-physical {guest.gpa:#x}")
-        trial.require(saved == nonce, "the guest's nonce is not at the address it names")
-        trial.require(in_file == nonce, "the guest's nonce is not at that offset of its RAM file")
-        trial.saw("the guest, QEMU and the RAM file show the same nonce")
 
     # Work without a PASID goes through the guest's own virtual IOMMU, and faults without it
 

@@ -22,11 +22,9 @@ SECONDS = 30.0
 class AgentProcess:
     """An agent started as the orchestrator starts it, spoken to over real pipes."""
 
-    def __init__(self, code: str, package: bytes | None = None) -> None:
-        """package: the zip that code reads from stdin; otherwise it imports from this tree."""
-        isolated = ["-I", "-S"] if package else []
+    def __init__(self, code: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, *isolated, "-c", code],
+            [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -39,10 +37,6 @@ class AgentProcess:
         self._lock = threading.Lock()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        if package:
-            assert self.process.stdin
-            self.process.stdin.write(package)
-            self.process.stdin.flush()
 
     def _read(self) -> None:
         assert self.process.stdout

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import errno
-import io
 import json
 import subprocess
 import sys
-import zipfile
 
 import pytest
 
@@ -143,38 +140,6 @@ def test_a_line_that_is_not_json_is_answered() -> None:
     for line in done.stdout.splitlines():
         json.loads(line)
     assert done.returncode == 0
-
-
-BOOTSTRAP = """import os,sys
-n=%d;f=os.memfd_create("agent")
-while n: b=os.read(0,n); n-=len(b) if b else sys.exit("agent: no zip"); os.write(f,b)
-sys.path.insert(0,"/proc/self/fd/%%d"%%f)
-from qemu_ioasid.agent.server import main; main("guest")"""
-
-
-def sources() -> bytes:
-    package = io.BytesIO()
-    with zipfile.ZipFile(package, "w") as archive:
-        for path in [ROOT / "qemu_ioasid/__init__.py", *(ROOT / "qemu_ioasid/agent").rglob("*.py")]:
-            archive.write(path, path.relative_to(ROOT))
-    return package.getvalue()
-
-
-def test_the_agent_runs_from_a_zip_on_stdin_and_compiles_itself() -> None:
-    package = sources()
-    with AgentProcess(BOOTSTRAP % len(package), package) as agent:
-        compiled = base64.b64decode(agent.ok("compiled_package")["zip"])
-        assert compiled == base64.b64decode(agent.ok("compiled_package")["zip"])
-    with zipfile.ZipFile(io.BytesIO(compiled)) as archive:
-        assert all(name.endswith(".pyc") for name in archive.namelist())
-    with AgentProcess(BOOTSTRAP % len(compiled), compiled) as agent:
-        assert agent.ok("hello")["role"] == "guest"
-        assert agent.hang_up() == 0
-
-
-def test_only_a_zip_can_be_compiled() -> None:
-    with AgentProcess(GUEST) as agent:
-        assert agent.ask("compiled_package")["error"]["type"] == "LookupError"
 
 
 def test_both_roles_start_and_greet() -> None:
