@@ -17,9 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from qemu_ioasid import config, image, kernel, process, session
+from qemu_ioasid import bench, config, image, kernel, process, session
 from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.errors import RigError
+from qemu_ioasid.errors import ConfigurationError, RigError
 from qemu_ioasid.qemu import ACCELERATORS
 from qemu_ioasid.report import VERDICTS, Report, table
 from qemu_ioasid.scenarios import SCENARIOS
@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print JSON on standard output, alone")
 
     _add_run(commands, common)
+    _add_bench(commands, common)
     build = commands.add_parser("kernel", help="build kernels and list them")
     actions = build.add_subparsers(dest="action", required=True, metavar="ACTION")
     making = actions.add_parser("build", parents=[common], help="build, or say what is built")
@@ -122,16 +123,7 @@ def _add_run(
     run.add_argument(
         "--rig", type=Path, default=config.DEFAULT, metavar="FILE", help="what to boot (TOML)"
     )
-    run.add_argument(
-        "--accel", default="auto", choices=ACCELERATORS, help="kvm refuses to fall back"
-    )
-    run.add_argument(
-        "--qemu",
-        default="auto",
-        metavar="PROGRAM",
-        help="the host VM's QEMU: auto, private (the rig's own copy, 11.1), 10.0 (likewise) "
-        "or a program",
-    )
+    _add_machine(run)
     run.add_argument(
         "--set",
         action="append",
@@ -140,10 +132,6 @@ def _add_run(
         metavar="KEY=VALUE",
         help="change a key of the rig file, host.viommu.fsts=true for example; may be given again",
     )
-    run.add_argument("--report", type=Path, metavar="DIR", help="where the report goes")
-    run.add_argument(
-        "--append", default="", metavar="ARGS", help="more for the host VM's kernel command line"
-    )
     run.add_argument(
         "--cold", action="store_true", help="boot the rig, whether it was saved before or not"
     )
@@ -151,6 +139,36 @@ def _add_run(
         "--verify", action="store_true", help="compare every byte of a saved rig before trusting it"
     )
     run.set_defaults(handler=_run)
+
+
+def _add_machine(command: argparse.ArgumentParser) -> None:
+    """What is told to a *command* that boots a host VM and reports."""
+    command.add_argument(
+        "--accel", default="auto", choices=ACCELERATORS, help="kvm refuses to fall back"
+    )
+    command.add_argument(
+        "--qemu",
+        default="auto",
+        metavar="PROGRAM",
+        help="the host VM's QEMU: auto, private (the rig's own copy, 11.1), 10.0 (likewise) "
+        "or a program",
+    )
+    command.add_argument("--report", type=Path, metavar="DIR", help="where the report goes")
+    command.add_argument(
+        "--append", default="", metavar="ARGS", help="more for the host VM's kernel command line"
+    )
+
+
+def _add_bench(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    common: argparse.ArgumentParser,
+) -> None:
+    command = commands.add_parser("bench", parents=[common], help="measure what things cost here")
+    command.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="how often each is measured (5)"
+    )
+    _add_machine(command)
+    command.set_defaults(handler=_bench)
 
 
 def _change(text: str) -> tuple[str, str]:
@@ -195,6 +213,25 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         _tell(report)
     return report.exit_code
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    if arguments.rounds < 1:
+        raise ConfigurationError(f"--rounds {arguments.rounds}: at least one is needed")
+    options = Options(
+        accelerator=arguments.accel,
+        qemu=arguments.qemu,
+        kernel=_spec(arguments),
+        report=arguments.report,
+        append=arguments.append,
+    )
+    document = bench.run(options, arguments.rounds, _output(arguments))
+    if arguments.json:
+        print(json.dumps(document, indent=2))
+    else:
+        print(f"\n{bench.text(document['results'])}\n")
+        print(f"report: {_short(Path(document['report']))}")
+    return 0
 
 
 def _tell(report: Report) -> None:

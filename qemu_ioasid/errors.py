@@ -15,6 +15,7 @@
      │   ├─ BootError              did not come up
      │   └─ KernelBroke            reported an oops, a warning, a lockup
      └─ CallFailed                 an agent's system call answered an errno
+         └─ BatchFailed            one of many did, in the middle
 
 The number is the exit code. ``CallFailed`` has none of its own: an errno is
 an answer, and only the caller knows whether it was the expected one; left
@@ -106,3 +107,11 @@ class CallFailed(RigError):
     def name(self) -> str:
         """The errno's symbol, ``EBUSY`` for example."""
         return errno_module.errorcode.get(self.errno, str(self.errno))
+
+
+class BatchFailed(CallFailed):
+    """A batch ended at an item that failed with *errno*; the *done* items before it stay done."""
+
+    def __init__(self, message: str, errno: int, *, done: int) -> None:
+        super().__init__(message, errno)
+        self.done = done

@@ -103,7 +103,11 @@ class Ssh:
 
     def get(self, path: str, deadline: Deadline) -> bytes:
         """The content of a file in the VM."""
-        return self._finish(f"cat {shlex.quote(path)}", b"", deadline)
+        return self.output(f"cat {shlex.quote(path)}", deadline)
+
+    def output(self, script: str, deadline: Deadline) -> bytes:
+        """What *script* writes in the VM; raises InfrastructureError when it fails."""
+        return self._finish(script, b"", deadline)
 
     def _finish(self, script: str, data: bytes, deadline: Deadline) -> bytes:
         channel = self.run(script, deadline)

@@ -8,6 +8,7 @@ import threading
 from contextlib import ExitStack, suppress
 
 from qemu_ioasid.agent import kernellist, mdev
+from qemu_ioasid.agent.batches import Batches
 from qemu_ioasid.agent.common import Common
 from qemu_ioasid.agent.deadline import wait_for
 from qemu_ioasid.agent.guestvm import GuestVm
@@ -63,7 +64,6 @@ class Host:
         self._guests: dict[str, GuestVm] = {}
         self._own = OwnDevices()
         self._watches: dict[str, Watch] = {}
-        self._spaces: set[tuple[str, int]] = set()
         self._slow = SlowMemories(self._iommufd)
         self._trace: AccessTrace | None = None
         self._spawner: Spawner | None = None
@@ -72,6 +72,7 @@ class Host:
             **{name: getattr(self, name) for name in OPERATIONS},
             **self._common.operations,
             **self._slow.operations,
+            **Batches(self._registrar, self._device, self._iommufd).operations,
             "device_submit": self._own.submit,
             "device_reset": self._own.reset,
             "device_registers": self._own.registers,
@@ -250,16 +251,11 @@ class Host:
 
     def ioas_alloc(self, iommufd: str) -> Json:
         """A fresh IOAS of an iommufd."""
-        ioas = self._iommufd(iommufd).ioas_alloc()
-        with self._lock:
-            self._spaces.add((iommufd, ioas))
-        return {"ioas": ioas}
+        return {"ioas": self._iommufd(iommufd).ioas_alloc()}
 
     def ioas_destroy(self, iommufd: str, ioas: int) -> None:
         """Destroys an IOAS."""
         self._iommufd(iommufd).destroy(ioas)
-        with self._lock:
-            self._spaces.discard((iommufd, ioas))
 
     def ioas_map_guest(
         self,
@@ -329,12 +325,13 @@ class Host:
             for row in self.kernel_list(device.name):
                 device.detach_pasid(int(row["pasid"]))
         with self._lock:
-            spaces, self._spaces = self._spaces, set()
             self._watches.clear()
-        for iommufd, ioas in spaces:
             # a dead guest's iommufd has taken its own along
-            if iommufd in self._guests and self._guests[iommufd].running:
-                self._guests[iommufd].iommufd.destroy(ioas)
+            iommufds = [guest.iommufd for guest in self._guests.values() if guest.running]
+        for iommufd in iommufds:
+            _, error = iommufd.destroy_many(sorted(iommufd.spaces))
+            if error:
+                raise error
         return {
             "table": self.kernel_table(),
             "lists": {name: self.kernel_list(name) for name in self._devices()},

@@ -6,9 +6,14 @@ ioctls: include/uapi/linux/iommufd.h; behaviour: drivers/iommu/iommufd/ioas.c.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 
-from qemu_ioasid.agent.descriptor import Descriptor
+from qemu_ioasid.agent.descriptor import Descriptor, words
 from qemu_ioasid.agent.uapi import iommufd as uapi
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 IOMMU = "/dev/iommu"
 
@@ -31,6 +36,8 @@ class Iommufd:
     def __init__(self, descriptor: Descriptor) -> None:
         self.descriptor = descriptor
         self.name = descriptor.name
+        # the IOASes made here; others may have the same iommufd and make their own
+        self.spaces: set[int] = set()
 
     @classmethod
     def open(cls, name: str) -> Iommufd:
@@ -41,12 +48,41 @@ class Iommufd:
         """A fresh, empty IOAS: its id, which only this iommufd understands."""
         argument = uapi.iommu_ioas_alloc(size=ctypes.sizeof(uapi.iommu_ioas_alloc))
         self.descriptor.ioctl(uapi.IOMMU_IOAS_ALLOC, argument)
-        return int(argument.out_ioas_id)
+        ioas = int(argument.out_ioas_id)
+        self.spaces.add(ioas)
+        return ioas
 
     def destroy(self, ident: int) -> None:
         """Destroys an object by id. EBUSY: in use. ENOENT: no such id here."""
         argument = uapi.iommu_destroy(size=ctypes.sizeof(uapi.iommu_destroy), id=ident)
         self.descriptor.ioctl(uapi.IOMMU_DESTROY, argument)
+        self.spaces.discard(ident)
+
+    def ioas_alloc_many(self, count: int) -> list[int]:
+        """As many fresh IOASes."""
+        record = uapi.iommu_ioas_alloc(size=ctypes.sizeof(uapi.iommu_ioas_alloc))
+        argument, fields = words(record)
+        ioas_at = type(record).out_ioas_id.offset // 4
+        made: list[int] = []
+        try:
+            with self.descriptor.borrowed() as fd:
+                for _ in range(count):
+                    fcntl.ioctl(fd, uapi.IOMMU_IOAS_ALLOC, argument)
+                    made.append(fields[ioas_at])
+        except BaseException:
+            self.destroy_many(made)
+            raise
+        self.spaces.update(made)
+        return made
+
+    def destroy_many(self, idents: Sequence[int]) -> tuple[int, OSError | None]:
+        """As destroy for each, in order, until the first error: how many, and that error."""
+        record = uapi.iommu_destroy(size=ctypes.sizeof(uapi.iommu_destroy))
+        done, error = self.descriptor.ioctl_each(
+            uapi.IOMMU_DESTROY, record, type(record).id.offset, idents
+        )
+        self.spaces.difference_update(idents[:done])
+        return done, error
 
     def ioas_map(
         self, ioas: int, user_va: int, length: int, iova: int | None, writeable: bool = True

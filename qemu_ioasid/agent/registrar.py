@@ -10,18 +10,22 @@ from __future__ import annotations
 import errno
 import threading
 from contextlib import contextmanager
+from itertools import islice
+
+from qemu_ioasid.agent.ledger import LIVE, Book
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from qemu_ioasid.agent.iommufd import Iommufd
+    from qemu_ioasid.agent.ledger import Change, Row
     from qemu_ioasid.agent.vfio import VfioDevice
-
-    Row = dict[str, int | str | None]
 
 FIRST_PASID = 1
 LAST_PASID = (1 << 20) - 1
+#: PASIDs that a batch changes between two looks at the ledger.
+CHUNK = 512
 
 
 class PasidPool:
@@ -48,32 +52,29 @@ class PasidPool:
                 self.owners[pasid] = owner
                 return pasid
 
+    def alloc_many(self, owner: str, count: int) -> list[int]:
+        """As many PASIDs nobody has. OSError ENOSPC: there are not as many, and none is taken."""
+        if len(self.owners) + count > self._last - self._first + 1:
+            raise OSError(errno.ENOSPC, f"fewer than {count} PASIDs are free")
+        return [self.alloc(owner) for _ in range(count)]
+
     def free(self, pasid: int) -> None:
         """OSError ENOENT: it was not handed out."""
         if self.owners.pop(pasid, None) is None:
             raise OSError(errno.ENOENT, f"PASID {pasid} is not allocated")
 
 
-class Registration:
-    """A line of the ledger. state: live, or the change that is in the kernel just now."""
-
-    __slots__ = ("device", "ioas", "pasid", "state")
-
-    def __init__(self, device: VfioDevice, pasid: int, ioas: int, state: str) -> None:
-        self.device = device
-        self.pasid = pasid
-        self.ioas = ioas
-        self.state = state
-
-    def row(self) -> Row:
-        """As the operations report it."""
-        return {
-            "device": self.device.name,
-            "pasid": self.pasid,
-            "ioas": self.ioas,
-            "iommufd": self.device.iommufd.name if self.device.iommufd else None,
-            "state": self.state,
-        }
+def _by_chunks(
+    pasids: Iterable[int], act: Callable[[Sequence[int]], tuple[int, OSError | None]]
+) -> tuple[int, OSError | None]:
+    rest = iter(pasids)
+    done = 0
+    while chunk := tuple(islice(rest, CHUNK)):
+        count, error = act(chunk)
+        done += count
+        if error:
+            return done, error
+    return done, None
 
 
 class Registrar:
@@ -81,24 +82,48 @@ class Registrar:
 
     Threads may call at once. No lock is held across an ioctl: those block while work drains. A
     line under change says so in its state, and a second change of it answers EBUSY.
+
+    register_many and unregister_many do what register and unregister do, PASID by PASID in order,
+    until the first error. They answer how many were done, which stay done, and that error. The
+    ledger is brought up to date in chunks: a line is live at the latest when its chunk is over.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pool = PasidPool()
-        self._ledger: dict[tuple[VfioDevice, int], Registration] = {}
+        self._books: dict[VfioDevice, Book] = {}
 
     def alloc(self, owner: str) -> int:
         """A PASID for owner (a name, for the books). OSError ENOSPC."""
         with self._lock:
             return self._pool.alloc(owner)
 
+    def alloc_many(self, owner: str, count: int) -> list[int]:
+        """As many PASIDs for owner, or none: OSError ENOSPC."""
+        with self._lock:
+            return self._pool.alloc_many(owner, count)
+
+    def free_many(self, pasids: Iterable[int]) -> tuple[int, OSError | None]:
+        """Frees pasids in order, until the first error: how many, and that error."""
+        done = 0
+        with self._lock:
+            for pasid in pasids:
+                try:
+                    self._free(pasid)
+                except OSError as error:
+                    return done, error
+                done += 1
+        return done, None
+
     def free(self, pasid: int) -> None:
         """OSError EBUSY: the ledger has it on a device; ENOENT: not allocated."""
         with self._lock:
-            if any(pasid == line.pasid for line in self._ledger.values()):
-                raise OSError(errno.EBUSY, f"PASID {pasid} is registered")
-            self._pool.free(pasid)
+            self._free(pasid)
+
+    def _free(self, pasid: int) -> None:
+        if any(pasid in book.ioas for book in self._books.values()):
+            raise OSError(errno.EBUSY, f"PASID {pasid} is registered")
+        self._pool.free(pasid)
 
     def allocated(self) -> list[Row]:
         """The PASIDs handed out, with their owners."""
@@ -112,70 +137,99 @@ class Registrar:
         whatever has that number there. EEXIST: registered already, see replace. Otherwise the
         kernel's errno, and then the ledger is as before.
         """
+        _, error = self.register_many(device, iommufd, (pasid,), (ioas,))
+        if error:
+            raise error
+
+    def register_many(
+        self,
+        device: VfioDevice,
+        iommufd: Iommufd,
+        pasids: Iterable[int],
+        spaces: Iterable[int],
+    ) -> tuple[int, OSError | None]:
+        """Puts pasids into the device's list; each names the next of spaces.
+
+        Raises EXDEV as register does, and then nothing is done.
+        """
         if device.iommufd is not iommufd:
             raise OSError(errno.EXDEV, f"{device.name} is not bound to {iommufd.name}")
-        line = Registration(device, pasid, ioas, "attaching")
-        with self._lock:
-            if (device, pasid) in self._ledger:
-                raise OSError(errno.EEXIST, f"PASID {pasid} is registered on {device.name}")
-            self._ledger[device, pasid] = line
-        try:
-            device.attach_pasid(pasid, ioas)
-        except BaseException:
-            self._strike(line)
-            raise
-        with self._lock:
-            line.state = "live"
+        rest = iter(spaces)
+        return _by_chunks(
+            pasids, lambda chunk: self._attach(device, chunk, tuple(islice(rest, len(chunk))))
+        )
+
+    def _attach(
+        self, device: VfioDevice, pasids: Sequence[int], spaces: Sequence[int]
+    ) -> tuple[int, OSError | None]:
+        with self._changing(device, lambda book: book.enter(pasids, spaces)) as (_, change):
+            count = len(change.pasids)
+            change.struck = pasids[:count]
+            attached, error = device.attach_pasids(pasids[:count], spaces[:count])
+            change.struck = pasids[attached:count]
+        return attached, error or change.refused
 
     def replace(self, device: VfioDevice, pasid: int, ioas: int) -> None:
         """Makes a registered pasid name another ioas of the same iommufd.
 
         ENOENT: not registered. Otherwise the kernel's errno, and the old binding stays.
         """
-        with self._changing(device, pasid, "replacing") as line:
+        with self._changing(device, lambda book: book.take((pasid,), "replacing")) as (
+            book,
+            change,
+        ):
+            if change.refused:
+                raise change.refused
             device.attach_pasid(pasid, ioas)
             with self._lock:
-                line.ioas = ioas
+                book.ioas[pasid] = ioas
 
     def unregister(self, device: VfioDevice, pasid: int) -> None:
         """Takes pasid out of the device's list; returns when nothing in flight can use it.
 
         ENOENT: not registered.
         """
-        with self._changing(device, pasid, "detaching") as line:
-            device.detach_pasid(pasid)
-            self._strike(line)
+        _, error = self.unregister_many(device, (pasid,))
+        if error:
+            raise error
+
+    def unregister_many(
+        self, device: VfioDevice, pasids: Iterable[int]
+    ) -> tuple[int, OSError | None]:
+        """Takes pasids out of the device's list."""
+        return _by_chunks(pasids, lambda chunk: self._detach(device, chunk))
+
+    def _detach(self, device: VfioDevice, pasids: Sequence[int]) -> tuple[int, OSError | None]:
+        with self._changing(device, lambda book: book.take(pasids, "detaching")) as (_, change):
+            detached, error = device.detach_pasids(pasids[: len(change.pasids)])
+            change.struck = pasids[:detached]
+        return detached, error or change.refused
 
     @contextmanager
-    def _changing(self, device: VfioDevice, pasid: int, state: str) -> Iterator[Registration]:
+    def _changing(
+        self, device: VfioDevice, begin: Callable[[Book], Change]
+    ) -> Iterator[tuple[Book, Change]]:
         with self._lock:
-            line = self._ledger.get((device, pasid))
-            if line is None:
-                raise OSError(errno.ENOENT, f"PASID {pasid} is not registered on {device.name}")
-            if line.state != "live":
-                raise OSError(errno.EBUSY, f"PASID {pasid} on {device.name} is {line.state}")
-            line.state = state
+            book = self._books.setdefault(device, Book(device))
+            change = begin(book)
         try:
-            yield line
+            yield book, change
         finally:
             with self._lock:
-                line.state = "live"
-
-    def _strike(self, line: Registration) -> None:
-        with self._lock:
-            if self._ledger.get((line.device, line.pasid)) is line:
-                del self._ledger[line.device, line.pasid]
+                book.settle(change)
+                # A device that was dropped meanwhile has another book, or none.
+                if not book.ioas and self._books.get(device) is book:
+                    del self._books[device]
 
     def drop_device(self, device: VfioDevice) -> None:
         """Strikes a closed device from the ledger: its list died with its file."""
         with self._lock:
-            for key in [key for key in self._ledger if key[0] is device]:
-                del self._ledger[key]
+            self._books.pop(device, None)
 
     def drop_owner(self, owner: str) -> None:
         """Frees the PASIDs of an owner, except those still registered somewhere."""
         with self._lock:
-            registered = {line.pasid for line in self._ledger.values()}
+            registered = {pasid for book in self._books.values() for pasid in book.ioas}
             for pasid, name in list(self._pool.owners.items()):
                 if name == owner and pasid not in registered:
                     self._pool.free(pasid)
@@ -183,9 +237,11 @@ class Registrar:
     def clear(self) -> None:
         """Unregisters everything, frees every PASID. Raises OSError; the rest is in the books."""
         with self._lock:
-            lines = list(self._ledger.values())
-        for line in lines:
-            self.unregister(line.device, line.pasid)
+            held = [(device, tuple(book.ioas)) for device, book in self._books.items()]
+        for device, pasids in held:
+            _, error = self.unregister_many(device, pasids)
+            if error:
+                raise error
         with self._lock:
             for pasid in list(self._pool.owners):
                 self._pool.free(pasid)
@@ -193,11 +249,15 @@ class Registrar:
     def ledger(self) -> list[Row]:
         """The ledger's lines."""
         with self._lock:
-            return [line.row() for line in self._ledger.values()]
+            return [row for book in self._books.values() for row in book.rows()]
 
     def _live(self) -> dict[tuple[VfioDevice, int], tuple[int, str]]:
         with self._lock:
-            return {key: (line.ioas, line.state) for key, line in self._ledger.items()}
+            return {
+                (device, pasid): (ioas, book.state(pasid))
+                for device, book in self._books.items()
+                for pasid, ioas in book.ioas.items()
+            }
 
     def audit(
         self,
@@ -222,7 +282,7 @@ class Registrar:
             line = after.get(key)
             ledger_ioas = line[0] if line else None
             kernel_ioas = kernel.get(key)
-            if before.get(key) != line or (line and line[1] != "live"):
+            if before.get(key) != line or (line and line[1] != LIVE):
                 verdict = "unsettled"
             elif ledger_ioas == kernel_ioas:
                 continue

@@ -6,12 +6,17 @@ ioctls: include/uapi/linux/vfio.h; behaviour: drivers/vfio/device_cdev.c, vfio_m
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 
-from qemu_ioasid.agent.descriptor import Descriptor
+from qemu_ioasid.agent.descriptor import Descriptor, words
 from qemu_ioasid.agent.iommufd import Iommufd
 from qemu_ioasid.agent.uapi import vfio as uapi
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MDEV_DEVICES = "/sys/bus/mdev/devices"
 PCI_DEVICES = "/sys/bus/pci/devices"
@@ -89,6 +94,29 @@ class VfioDevice:
         self.descriptor.ioctl(uapi.VFIO_DEVICE_ATTACH_IOMMUFD_PT, argument)
         return int(argument.pt_id)
 
+    def attach_pasids(
+        self, pasids: Sequence[int], pt_ids: Sequence[int]
+    ) -> tuple[int, OSError | None]:
+        """As attach_pasid for each, in order, until the first error: how many, and that error."""
+        record = uapi.vfio_device_attach_iommufd_pt(
+            argsz=ctypes.sizeof(uapi.vfio_device_attach_iommufd_pt),
+            flags=uapi.VFIO_DEVICE_ATTACH_PASID,
+        )
+        argument, fields = words(record)
+        pasid_at, pt_id_at = type(record).pasid.offset // 4, type(record).pt_id.offset // 4
+        call, request, done = fcntl.ioctl, uapi.VFIO_DEVICE_ATTACH_IOMMUFD_PT, 0
+        try:
+            with self.descriptor.borrowed() as fd:
+                for pasid, pt_id in zip(pasids, pt_ids, strict=True):
+                    fields[pasid_at] = pasid
+                    # The kernel writes it: the page table it chose for an IOAS.
+                    fields[pt_id_at] = pt_id
+                    call(fd, request, argument)
+                    done += 1
+        except OSError as error:
+            return done, error
+        return done, None
+
     def detach(self) -> None:
         """Work without a PASID has no address space from here on."""
         self._detach(0, 0)
@@ -99,6 +127,16 @@ class VfioDevice:
         The kernel answers 0 for a PASID that is not in the list, too.
         """
         self._detach(uapi.VFIO_DEVICE_DETACH_PASID, pasid)
+
+    def detach_pasids(self, pasids: Sequence[int]) -> tuple[int, OSError | None]:
+        """As detach_pasid for each, in order, until the first error: how many, and that error."""
+        record = uapi.vfio_device_detach_iommufd_pt(
+            argsz=ctypes.sizeof(uapi.vfio_device_detach_iommufd_pt),
+            flags=uapi.VFIO_DEVICE_DETACH_PASID,
+        )
+        return self.descriptor.ioctl_each(
+            uapi.VFIO_DEVICE_DETACH_IOMMUFD_PT, record, type(record).pasid.offset, pasids
+        )
 
     def _detach(self, flags: int, pasid: int) -> None:
         argument = uapi.vfio_device_detach_iommufd_pt(

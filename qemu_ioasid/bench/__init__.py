@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What things cost, here and now. `registration` has what is measured, `table` how."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from qemu_ioasid import config, kernel, rig, session
+from qemu_ioasid.bench import cloop, registration, table
+from qemu_ioasid.bench.table import text
+from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.report import Report
+from qemu_ioasid.session import Options, Output
+
+__all__ = ["run", "text"]
+
+#: Raised by one when a key of the document changes its meaning.
+SCHEMA = 1
+
+
+def run(options: Options, rounds: int, output: Output) -> dict[str, Any]:
+    """Boot, measure, and return the document; it is in the report's folder too, as bench.json.
+
+    Raises what booting a rig raises.
+    """
+    configuration = config.parse(registration.RIG, "the benchmark's rig")
+    folder = session.report_folder(options.report, "bench")
+    report = Report(folder, "bench", output.say, rig=configuration.text)
+    parts = session.build(options, configuration, output, report)
+    built = kernel.build(options.kernel, deadline=Deadline(60, "kernel"), progress=output.progress)
+    program = cloop.build(built, Deadline(60, "C loop"))
+    with rig.boot(configuration, parts, report.phase, folder) as running:
+        with report.phase("warm up"):
+            stage = registration.stage(running, program)
+        load = [os.getloadavg()[0]]
+        with report.phase(f"measure, {rounds} rounds"):
+            rows = table.measure(
+                rounds, registration.measurements(stage), registration.RATIOS, output.progress
+            )
+        load.append(os.getloadavg()[0])
+    document = {
+        "schema": SCHEMA,
+        "results": rows,
+        "rounds": rounds,
+        "machine": _machine(),
+        "load": load,
+        "accelerator": report.accelerator,
+        "versions": report.versions,
+        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "report": str(folder),
+    }
+    (folder / "bench.json").write_text(json.dumps(document, indent=2) + "\n")
+    return document
+
+
+def _machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"cpus": os.cpu_count(), "model": model[0] if model else ""}

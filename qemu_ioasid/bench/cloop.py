@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``pasidloop``, the C program that does the registrar's ioctls and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qemu_ioasid import cache, process
+from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.kernel import Kernel, make
+from qemu_ioasid.machine import Machine
+
+SOURCE = Path(__file__).with_name("pasidloop.c")
+#: Where it is put in the VM.
+PROGRAM = "/run/bench/pasidloop"
+
+
+def build(kernel: Kernel, deadline: Deadline) -> bytes:
+    """The program, for a VM without a C library, compiled against *kernel*'s headers."""
+    argv = ["gcc", "-static", "-O2", "-Wall", "-Wextra", "-s"]
+    argv += ["-isystem", str(kernel.headers / "include"), str(SOURCE), "-o"]
+    key = cache.digest(SOURCE.read_bytes(), kernel.hash, make.compiler(deadline), *argv)
+    folder, _ = cache.get_or_build(
+        "bench",
+        key,
+        lambda folder: process.run([*argv, str(folder / SOURCE.stem)], deadline=deadline),
+        deadline=deadline,
+    )
+    return (folder / SOURCE.stem).read_bytes()
+
+
+class CLoop:
+    """The program, in *machine*."""
+
+    def __init__(self, machine: Machine, program: bytes) -> None:
+        self._ssh = machine.ssh
+        deadline = Deadline(60, f"{SOURCE.stem} in {machine.name}")
+        self._ssh.put({PROGRAM: program}, deadline)
+        self._ssh.output(f"chmod 700 {PROGRAM}", deadline)
+
+    def run(self, cdev: str, pasids: int, ioases: int, times: int = 1) -> dict[str, float]:
+        """Microseconds of each kind of call (pasidloop.c names them), on an mdev nobody has open.
+
+        All *pasids* come and go *times* times.
+        Raises InfrastructureError with what it wrote when a call fails.
+        """
+        deadline = Deadline(60 + pasids * times * 0.001, f"end of {SOURCE.stem} of {pasids} PASIDs")
+        command = f"exec {PROGRAM} /dev/vfio/devices/{cdev} {pasids} {ioases} {times}"
+        said = json.loads(self._ssh.output(command, deadline))
+        return {kind: nanoseconds / 1000 for kind, nanoseconds in said.items()}
