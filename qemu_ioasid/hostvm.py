@@ -85,7 +85,7 @@ def argv(
     kvm = parts.accelerator == "kvm"
     # The guests' RAM is huge pages: nested paging under TCG walks every level it can save.
     pages = sum(guest.memory for guest in guests.values()) // HUGE_PAGE
-    append = f"hugepages={pages} kvm_amd.nested=0 ROLE=host {parts.append}"
+    append = f"hugepages={pages} ROLE=host {parts.append}"
     words = [
         *parts.qemu.argv,
         *(("-accel", "kvm") if kvm else ("-accel", "tcg,thread=multi")),
