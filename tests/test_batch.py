@@ -204,6 +204,23 @@ def test_closing_a_device_closes_its_batch(shared_rig: Rig) -> None:
     assert shared_rig.registrar.kernel_list("a") == shared_rig.registrar.kernel_table() == []
 
 
+def test_a_device_closed_in_mid_batch(shared_rig: Rig) -> None:
+    agent, registrar = shared_rig.host.agent, shared_rig.registrar
+    iommufd = agent.call("device_open", name="a")["iommufd"]
+    ioas = registrar.ioas_many(iommufd, 2_000)
+    batch = agent.start(
+        "register_many", device="a", iommufd=iommufd, pasids=[(1, 50_000)], ioas=ioas
+    )
+    while not registrar.kernel_list("a"):
+        assert not batch.ends_within(0)
+    agent.call("device_close", name="a")
+    failed = batch.result(Deadline(20, "batch"))["failed"]
+    assert failed["errno"] == errno.EBADF
+    assert 0 < failed["index"] < 50_000
+    assert ledger(shared_rig) == {}
+    assert registrar.kernel_list("a") == registrar.kernel_table() == []
+
+
 @pytest.fixture
 def stage(shared_rig: Rig, built_kernel: Kernel) -> Stage:
     """The benchmark's C loop beside the agent."""
