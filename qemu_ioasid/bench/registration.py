@@ -148,7 +148,7 @@ def _size(stage: Stage, size: int) -> Values:
     }
     if size == BATCH:
         values |= {f"{name}-batch": value for name, value in outside.items()}
-        values |= {f"{kind}-c": value for kind, value in c.items()}
+        values |= {f"{kind.replace('_', '-')}-c": value for kind, value in c.items()}
     return values
 
 
@@ -158,8 +158,8 @@ def _batch(stage: Stage, size: int) -> tuple[Values, Values]:
     ioases, times = _ioases(size), _times(size)
     with _open(stage.rig) as (iommufd, _):
         inside = dict.fromkeys(("register", "unregister"), 0.0)
-        outside = dict.fromkeys(("ioas_alloc", *inside, "ioas_destroy"), 0.0)
-        with _timed(outside, "ioas_alloc", ioases):
+        outside = dict.fromkeys(("ioas-alloc", *inside, "ioas-destroy"), 0.0)
+        with _timed(outside, "ioas-alloc", ioases):
             ioas = registrar.ioas_many(iommufd, ioases)
         for _ in range(times):
             with _timed(outside, "register", size * times):
@@ -168,7 +168,7 @@ def _batch(stage: Stage, size: int) -> tuple[Values, Values]:
             with _timed(outside, "unregister", size * times):
                 seconds = registrar.unregister_many(DEVICE, pasids)
             inside["unregister"] += seconds * 1e6 / size / times
-        with _timed(outside, "ioas_destroy", ioases):
+        with _timed(outside, "ioas-destroy", ioases):
             registrar.destroy_many(iommufd, ioas)
     return outside, inside
 
