@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What things cost, here and now. `registration` has what is measured, `table` how."""
+"""What things cost, here and now. `start` and `registration` have what is measured."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qemu_ioasid import config, kernel, rig, session
-from qemu_ioasid.bench import cloop, registration, table
+from qemu_ioasid import config, kernel, session, standby
+from qemu_ioasid.bench import cloop, registration, start, table
 from qemu_ioasid.bench.table import text
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.report import Report
@@ -33,12 +33,19 @@ def run(options: Options, rounds: int, output: Output) -> dict[str, Any]:
     parts = session.build(options, configuration, output, report)
     built = kernel.build(options.kernel, deadline=Deadline(60, "kernel"), progress=output.progress)
     program = cloop.build(built, Deadline(60, "C loop"))
-    with rig.boot(configuration, parts, report.phase, folder) as running:
+    load = [os.getloadavg()[0]]
+    rigs = start.Rigs(parts)
+    with report.phase(f"measure rigs, {rounds} rounds"):
+        rows = table.measure(rounds, start.measurements(rigs), start.RATIOS, output.progress)
+    with report.phase("measure how many at once"):
+        rows.append(table.row("rigs side by side", "rigs", [start.side_by_side(rigs)]))
+    with standby.start(
+        configuration, parts, options.start, report.phase, output.say, folder
+    ) as running:
         with report.phase("warm up"):
             stage = registration.stage(running, program)
-        load = [os.getloadavg()[0]]
-        with report.phase(f"measure, {rounds} rounds"):
-            rows = table.measure(
+        with report.phase(f"measure registrations, {rounds} rounds"):
+            rows += table.measure(
                 rounds, registration.measurements(stage), registration.RATIOS, output.progress
             )
         load.append(os.getloadavg()[0])

@@ -58,15 +58,13 @@ def measure(
             values[ratio.name] = ratio.of(values)
             units[ratio.name] = "ratio"
         rounds.append(values)
-    return [
-        {
-            "name": name,
-            "unit": unit,
-            "median": round(statistics.median(values[name] for values in rounds), 3),
-            "runs": [round(values[name], 3) for values in rounds],
-        }
-        for name, unit in units.items()
-    ]
+    return [row(name, unit, [values[name] for values in rounds]) for name, unit in units.items()]
+
+
+def row(name: str, unit: str, runs: Sequence[float]) -> dict[str, Any]:
+    """A figure with its median over *runs*."""
+    median = round(statistics.median(runs), 3)
+    return {"name": name, "unit": unit, "median": median, "runs": [round(x, 3) for x in runs]}
 
 
 def text(rows: Sequence[Mapping[str, Any]]) -> str:
