@@ -309,6 +309,9 @@ def boot(
             with phase("open the devices in the guests"):
                 for name, machine in machines.items():
                     rig.guests[name] = Guest(machine, config.guests[name].mdevs)
+        # A guest's hardware clock is as old as its QEMU, and drifts while that is busy.
+        deadline = Deadline(SETTLE_SECONDS, "answer of the agents to the time")
+        hostvm.wake({"host": host.agent, **host.guest_agents}, deadline)
         yield rig
 
 

@@ -20,8 +20,7 @@ def wait_for(what: str, seconds: float, probe: Callable[[], T | None], pause: fl
 
     For what has no event to wait on: memory that a device writes, a debugfs file. Between two
     probes it yields, so that whoever is being waited for can run; after YIELDING seconds it sleeps
-    for pause seconds instead. Yielding first is more than haste: in a guest nested in TCG a timer
-    was seen to fire up to a minute late, while the machine otherwise ran.
+    for pause seconds instead.
 
     Raises TimeoutError, naming what, after seconds; the probe is called once more at the end.
     """
