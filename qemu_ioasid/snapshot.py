@@ -27,7 +27,7 @@ from typing import Any
 
 from qemu_ioasid import cache
 from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.qmp import Qmp
+from qemu_ioasid.qmp import CommandFailed, Qmp
 
 KIND = "snapshot"
 #: Changes with the layout of the folder.
@@ -37,6 +37,8 @@ KEPT = 6
 
 _RAM, _STATE, _TOLD = "ram", "state", "snapshot.json"
 _CHUNK = 32 << 20
+#: More than QEMU writes of a VM without its memory.
+_STATE_ROOM = 16 << 20
 _BLOCK = 1 << 18
 _ZEROS = bytes(_BLOCK)
 #: fallocate(2), include/uapi/linux/falloc.h.
@@ -140,7 +142,14 @@ def save_whole(monitor: Qmp, folder: Path, known: dict[str, Any], deadline: Dead
 def _migrate(monitor: Qmp, folder: Path, capabilities: dict[str, bool], deadline: Deadline) -> None:
     state = folder / _STATE
     os.close(os.open(state, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    monitor.migrate(f"file:{state}", capabilities, deadline)
+    try:
+        monitor.migrate(f"file:{state}", capabilities, deadline)
+    except CommandFailed:
+        # QEMU says "Input/output error" of a disk that is full.
+        room = os.statvfs(folder)
+        if room.f_bavail * room.f_frsize < _STATE_ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(state)) from None
+        raise
 
 
 def _tell(folder: Path, names: tuple[str, ...], known: dict[str, Any]) -> None:
