@@ -7,7 +7,6 @@ import argparse
 import io
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -15,51 +14,19 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
 
-from qemu_ioasid import bench, config, image, kernel, process, session
+from qemu_ioasid import bench, config, image, kernel, process, report, session
+from qemu_ioasid.cache import explained
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, RigError
 from qemu_ioasid.qemu import ACCELERATORS
-from qemu_ioasid.report import VERDICTS, Report, table
+from qemu_ioasid.report import VERDICTS, Report, counts
 from qemu_ioasid.scenarios import SCENARIOS
 from qemu_ioasid.session import Options, Output, Terminated
 from qemu_ioasid.standby import Start
+from qemu_ioasid.terminal import Terminal, indented, line
 
 EXIT_CODES = "\n".join(f"  {code:3}  {text}" for code, text in VERDICTS.items())
-#: How often progress is told where it cannot overwrite itself.
-PROGRESS_SECONDS = 15.0
-
-
-class Terminal:
-    """Lines that stay on *stream*; progress overwrites itself there, or comes now and then."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._live = self._stream.isatty()
-        self._shown = False
-        self._last = 0.0
-
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
-
-    def say(self, line: str) -> None:
-        """A line that stays."""
-        if self._shown:
-            self._write("\r\x1b[K")
-            self._shown = False
-        self._write(line + "\n")
-
-    def progress(self, line: str) -> None:
-        """A line that the next one replaces, or, where that cannot be, one in a while."""
-        if self._live:
-            width = shutil.get_terminal_size().columns
-            self._write(f"\r\x1b[K           {line}"[: width + 4])
-            self._shown = True
-        elif time.monotonic() - self._last > PROGRESS_SECONDS:
-            self._last = time.monotonic()
-            self._write(f"           {line}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     actions.add_parser("build", parents=[common], help="build, or say what is built").set_defaults(
         handler=_image_build
     )
+
+    page = commands.add_parser("report", help="make a report's page anew from its report.json")
+    page.add_argument("folder", type=Path, metavar="FOLDER", help="a run's report folder")
+    page.set_defaults(handler=_report, json=False)
     return parser
 
 
@@ -188,13 +159,11 @@ def _spec(arguments: argparse.Namespace) -> kernel.Spec:
     return kernel.Spec(profile=spec.profile, update=spec.update, series=arguments.series.absolute())
 
 
-def _output(arguments: argparse.Namespace) -> Output:
-    terminal = Terminal(sys.stderr if arguments.json else sys.stdout)
-    return Output(terminal.say, terminal.progress)
+def _output(terminal: Terminal) -> Output:
+    return Output(terminal.say, terminal.progress, terminal.begins)
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    output = _output(arguments)
+def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     options = Options(
         rig=arguments.rig,
         scenario=arguments.scenario,
@@ -207,15 +176,15 @@ def _run(arguments: argparse.Namespace) -> int:
         append=arguments.append,
         start=Start(cold=arguments.cold, verify=arguments.verify),
     )
-    report = session.run(options, output)
+    ended = session.run(options, _output(terminal))
     if arguments.json:
-        print(json.dumps(report.document(), indent=2))
+        print(json.dumps(ended.document(), indent=2))
     else:
-        _tell(report)
-    return report.exit_code
+        _tell(ended, terminal)
+    return ended.exit_code
 
 
-def _bench(arguments: argparse.Namespace) -> int:
+def _bench(arguments: argparse.Namespace, terminal: Terminal) -> int:
     if arguments.rounds < 1:
         raise ConfigurationError(f"--rounds {arguments.rounds}: at least one is needed")
     options = Options(
@@ -225,7 +194,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         report=arguments.report,
         append=arguments.append,
     )
-    document = bench.run(options, arguments.rounds, _output(arguments))
+    document = bench.run(options, arguments.rounds, _output(terminal))
     if arguments.json:
         print(json.dumps(document, indent=2))
     else:
@@ -234,27 +203,23 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tell(report: Report) -> None:
-    if report.checks:
-        print()
-        print(table(report.checks, shutil.get_terminal_size((160, 24)).columns))
-        print()
-    if report.error is not None:
-        print(f"qemu-ioasid: {report.error['message']}", file=sys.stderr)
-        if report.error["evidence"] and report.exit_code in (4, 5):
-            print(_indented(report.error["evidence"]), file=sys.stderr)
-    verdicts = [check.verdict for check in report.checks]
-    counts = ", ".join(
-        f"{verdicts.count(verdict)} {verdict}"
-        for verdict in ("pass", "fail", "error", "skip")
-        if verdict in verdicts
-    )
-    print(f"{VERDICTS[report.exit_code]}{f' ({counts})' if counts else ''}")
-    print(f"report: {_short(report.folder)}")
+def _tell(ended: Report, terminal: Terminal) -> None:
+    if ended.checks:
+        terminal.say("")
+        terminal.checks(ended.checks)
+        terminal.say("")
+    if ended.error is not None:
+        evidence = ended.error["evidence"] if ended.exit_code in (4, 5) else ""
+        _complain(ended.error["message"], evidence)
+    made = counts(ended.checks)
+    terminal.say(f"{VERDICTS[ended.exit_code]}{f' ({made})' if made else ''}")
+    terminal.say(f"report: {_short(ended.folder / 'report.html')}")
 
 
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.rstrip().splitlines()[-45:])
+def _complain(message: str, evidence: str = "") -> None:
+    print(f"qemu-ioasid: {line(message)}", file=sys.stderr)
+    if evidence:
+        print(indented(evidence), file=sys.stderr)
 
 
 def _short(path: Path) -> str:
@@ -262,19 +227,31 @@ def _short(path: Path) -> str:
     return relative if not relative.startswith("..") else str(path)
 
 
-def _kernel_build(arguments: argparse.Namespace) -> int:
-    output = _output(arguments)
+def _report(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    document = report.load(arguments.folder)
+    try:
+        with explained(arguments.folder, "the page goes beside its report.json"):
+            path = report.write_page(arguments.folder, document)
+    except OSError as error:
+        raise ConfigurationError(f"{error.filename}: {error.strerror}") from None
+    terminal.say(_short(path))
+    return 0
+
+
+def _kernel_build(arguments: argparse.Namespace, terminal: Terminal) -> int:
     started = time.monotonic()
+    terminal.begins("kernel")
     built = kernel.build(
         _spec(arguments),
         deadline=Deadline(session.BUILD_SECONDS, "kernel"),
-        progress=output.progress,
+        progress=terminal.progress,
     )
+    terminal.begins("")
     if arguments.json:
         print(json.dumps(_kernel_row(built), indent=2))
     else:
         how = "built already" if built.cached else f"built in {time.monotonic() - started:.0f} s"
-        output.say(f"{built.release} {built.hash}  {how}: {built.image}")
+        terminal.say(f"{built.release} {built.hash}  {how}: {built.image}")
     return 0
 
 
@@ -290,26 +267,27 @@ def _kernel_row(built: kernel.Kernel) -> dict[str, object]:
     }
 
 
-def _kernel_list(arguments: argparse.Namespace) -> int:
+def _kernel_list(arguments: argparse.Namespace, terminal: Terminal) -> int:
     found = kernel.cached()
     if arguments.json:
         print(json.dumps([_kernel_row(each) for each in found], indent=2))
     else:
         for each in found:
-            print(f"{each.hash}  {each.release}  {each.source}")
+            terminal.say(f"{each.hash}  {each.release}  {each.source}")
     return 0
 
 
-def _image_build(arguments: argparse.Namespace) -> int:
-    output = _output(arguments)
+def _image_build(arguments: argparse.Namespace, terminal: Terminal) -> int:
     rows = {}
     for name in ("host", "guest"):
+        terminal.begins(f"{name} image")
         built = image.build(
-            name, deadline=Deadline(session.BUILD_SECONDS, "images"), progress=output.progress
+            name, deadline=Deadline(session.BUILD_SECONDS, "images"), progress=terminal.progress
         )
+        terminal.begins("")
         rows[name] = {"hash": built.hash, "path": str(built.path), "cached": built.cached}
         if not arguments.json:
-            output.say(
+            terminal.say(
                 f"{name} {built.hash}  {'built already' if built.cached else 'built'}: {built.path}"
             )
     if arguments.json:
@@ -324,7 +302,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parsed = _parser().parse_args(arguments)
-    handler: Callable[[argparse.Namespace], int] = parsed.handler
+    handler: Callable[[argparse.Namespace, Terminal], int] = parsed.handler
     signal.signal(signal.SIGTERM, _terminate)
     # nohup's wish is the user's.
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -333,25 +311,23 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        return handler(parsed)
+        with Terminal(sys.stderr if parsed.json else sys.stdout) as terminal:
+            return handler(parsed, terminal)
     except RigError as error:
-        print(f"qemu-ioasid: {error.message}", file=sys.stderr)
-        if error.exit_code == 4 and error.evidence:
-            print(_indented(error.evidence), file=sys.stderr)
+        _complain(error.message, error.evidence if error.exit_code == 4 else "")
         return error.exit_code
     except KeyboardInterrupt:
-        print("qemu-ioasid: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 130
     except Terminated:
-        print("qemu-ioasid: terminated", file=sys.stderr)
+        _complain("terminated")
         return 143
     except BrokenPipeError:
         # Whoever read our output has enough; Python's own flush at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        print(f"qemu-ioasid: bug in the rig: {error!r}", file=sys.stderr)
-        print(_indented(traceback.format_exc()), file=sys.stderr)
+        _complain(f"bug in the rig: {error!r}", traceback.format_exc())
         return 4
     finally:
         process.close_run()

@@ -133,6 +133,17 @@ class Console:
         with self._lock:
             return "\n".join(self._lines[-lines:])
 
+    @property
+    def length(self) -> int:
+        """How many lines there are so far."""
+        with self._lock:
+            return len(self._lines)
+
+    def since(self, line: int) -> str:
+        """The last lines, of those from *line* (from 0) on."""
+        with self._lock:
+            return "\n".join(self._lines[max(line, len(self._lines) - EXCERPT) :])
+
     def excerpt(self, report: Report, before: int = 3) -> str:
         """The console around *report*."""
         with self._lock:

@@ -36,7 +36,7 @@ from qemu_ioasid.qemu import ACCELERATORS
 from qemu_ioasid.requirement import unmet
 from qemu_ioasid.rig import Guest, Rig
 from qemu_ioasid.rigpool import Pool, Used
-from qemu_ioasid.session import Options, Output
+from qemu_ioasid.session import Options, Output, vms
 from qemu_ioasid.standby import Start
 
 RIG_MARKER = (
@@ -177,16 +177,13 @@ def _use(item: pytest.Item, used: Used) -> None:
     seen = {console.name: len(console.reports) for console in used.rig.consoles}
     item.stash.setdefault(_USED, []).append((used, seen))
     kernel, qemu = used.versions["kernel"], used.versions["qemu"]
-    viommu = {"host": used.config.host.viommu.device(used.parts.qemu.viommu)}
-    for name, guest in used.config.guests.items():
-        viommu[name] = guest.viommu.device(used.parts.guest_viommu)
     told = {
         "kernel": f"{kernel['release']} {kernel['hash']}",
         "series": used.versions["series"],
         "qemu": qemu["host"],
         "guests_qemu": qemu["guests"],
         "accelerator": used.accelerator,
-        **{f"viommu.{name}": options for name, options in viommu.items()},
+        **{f"viommu.{vm['name']}": vm["viommu"] for vm in vms(used.config, used.parts)},
     }
     item.user_properties += [(f"ioasid.{name}", value) for name, value in told.items()]
 

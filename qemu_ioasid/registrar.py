@@ -32,6 +32,11 @@ class Registrar:
         """Give a PASID back; EBUSY while a device has it in the ledger."""
         self._agent.call("pasid_free", pasid=pasid)
 
+    def owner(self, pasid: int) -> str:
+        """Who *pasid* was given to; "" when it is nobody's."""
+        rows = self._agent.call("pasids")
+        return next((str(row["owner"]) for row in rows if row["pasid"] == pasid), "")
+
     def ioas(self, iommufd: str) -> int:
         """A new, empty address space of guest *iommufd*'s iommufd."""
         return int(self._agent.call("ioas_alloc", iommufd=iommufd)["ioas"])

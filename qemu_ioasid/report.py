@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a run tells: phases, checks and versions, as report.json and junit.xml."""
+"""What a run tells: phases, checks and versions, as report.json, junit.xml and report.html."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from qemu_ioasid import page
+from qemu_ioasid.errors import ConfigurationError
+from qemu_ioasid.text import lines, visible
+
 Verdict = Literal["pass", "fail", "error", "skip"]
+#: What became of an attempt. *leaked*: the witnesses saw what must not be; *wrong*: they did
+#: not, and yet it ended otherwise than it must; *unanswered*: nobody knows.
+Outcome = Literal["allowed", "refused", "faulted", "leaked", "wrong", "unanswered"]
 
 #: Raised by one when a key of report.json changes its meaning.
 SCHEMA = 1
@@ -30,6 +37,23 @@ VERDICTS = {
 
 
 @dataclass
+class Attempt:
+    """One piece of work that *by* (a guest, or ``host``) gave *device*.
+
+    *pasid* None: without one. *owner*: who held the PASID at the time, "" for nobody. *expected*
+    and *answered* are statuses of completion records, *answered* "" when there was none.
+    """
+
+    device: str
+    by: str
+    pasid: int | None
+    owner: str
+    expected: str
+    answered: str = ""
+    outcome: Outcome = "unanswered"
+
+
+@dataclass
 class Check:
     """One check: what was tried, what the kernel answered, what the witnesses saw."""
 
@@ -40,14 +64,18 @@ class Check:
     witnesses: str
     seconds: float = 0.0
     evidence: str = ""
+    phase: str = ""
+    attempts: list[Attempt] = field(default_factory=list)
 
 
 @dataclass
 class Phase:
-    """One step of the run and its wall time."""
+    """One step of the run, its wall time, and how long after the run's start it began."""
 
     name: str
     seconds: float
+    start: float = 0.0
+    finished: bool = True
 
 
 @dataclass
@@ -63,29 +91,54 @@ class Report:
     phases: list[Phase] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     rig: str = ""
+    #: What each VM was given, when that is known: `session.vms`.
+    vms: list[dict[str, Any]] = field(default_factory=list)
     error: dict[str, str] | None = None
     #: Until the run has come to its end, it has failed.
     exit_code: int = 4
+    #: Told of each step as it begins, and with "" that the last one is over.
+    begins: Callable[[str], None] = lambda name: None
+    #: Told how far the step is.
+    progress: Callable[[str], None] = lambda line: None
+    started: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    _origin: float = field(default_factory=time.monotonic)
+    _phase: str = ""
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a step; it is said when it is over, also when it failed."""
         started = time.monotonic()
-        ending = ""
+        first = len(self.checks)
+        finished = False
+        self._phase = name
+        self.begins(name)
         try:
             yield
-        except BaseException:
-            ending = "  (not finished)"
-            raise
+            finished = True
+            self._phase = ""
         finally:
             seconds = time.monotonic() - started
-            self.phases.append(Phase(name, round(seconds, 3)))
-            self.say(f"{seconds:7.1f} s  {name}{ending}")
+            start = started - self._origin
+            self.phases.append(Phase(name, round(seconds, 3), round(start, 3), finished))
+            made = counts(self.checks[first:])
+            self.begins("")
+            self.say(
+                f"{seconds:7.1f} s  {name}"
+                + (f": {made}" if made else "")
+                + ("" if finished else "  (not finished)")
+            )
+
+    def enter(self, check: Check) -> None:
+        """A check of the phase under way has been made."""
+        check.phase = self._phase
+        self.checks.append(check)
+        mine = [each for each in self.checks if each.phase == self._phase]
+        self.progress(f"{counts(mine)}, last {check.name}")
 
     def fail(self, exit_code: int, message: str, evidence: str) -> None:
         """The run ended early: with which exit code, for what reason, on what evidence."""
         self.exit_code = exit_code
-        self.error = {"message": message, "evidence": evidence}
+        self.error = {"message": message, "evidence": evidence, "phase": self._phase}
 
     @property
     def failed(self) -> bool:
@@ -99,6 +152,7 @@ class Report:
             "verdict": VERDICTS[self.exit_code],
             "exit_code": self.exit_code,
             "scenario": self.scenario,
+            "started": self.started,
             "accelerator": self.accelerator,
             "accelerator_reason": self.accelerator_reason,
             "versions": self.versions,
@@ -106,14 +160,16 @@ class Report:
             "checks": [asdict(check) for check in self.checks],
             "error": self.error,
             "rig": self.rig,
+            "vms": self.vms,
         }
 
     def write(self) -> None:
-        """Write report.json and junit.xml into the folder."""
+        """Write report.json, junit.xml and report.html into the folder."""
         (self.folder / "report.json").write_text(json.dumps(self.document(), indent=2) + "\n")
         tree = ElementTree.ElementTree(self._junit())
         ElementTree.indent(tree)
         tree.write(self.folder / "junit.xml", encoding="utf-8", xml_declaration=True)
+        write_page(self.folder, self.document())
 
     def _junit(self) -> ElementTree.Element:
         suite = ElementTree.Element("testsuite", name=f"qemu-ioasid.{self.scenario}")
@@ -132,15 +188,15 @@ class Report:
             if check.verdict != "pass":
                 tag = {"fail": "failure", "error": "error", "skip": "skipped"}[check.verdict]
                 told = ElementTree.SubElement(
-                    case, tag, message=_printable(f"{check.answered}; {check.witnesses}")
+                    case, tag, message=visible(f"{check.answered}; {check.witnesses}")
                 )
-                told.text = _printable(f"tried: {check.tried}\n{check.evidence}")
+                told.text = "\n".join(lines(f"tried: {check.tried}\n{check.evidence}"))
         if self.error is not None:
             case = ElementTree.SubElement(
                 suite, "testcase", classname=f"qemu-ioasid.{self.scenario}", name="rig", time="0"
             )
-            told = ElementTree.SubElement(case, "error", message=_printable(self.error["message"]))
-            told.text = _printable(self.error["evidence"])
+            told = ElementTree.SubElement(case, "error", message=visible(self.error["message"]))
+            told.text = "\n".join(lines(self.error["evidence"]))
         verdicts = [check.verdict for check in self.checks]
         suite.set("tests", str(len(list(suite.iter("testcase")))))
         suite.set("failures", str(verdicts.count("fail")))
@@ -150,21 +206,93 @@ class Report:
         return suite
 
 
-def _printable(text: str) -> str:
-    """Without the control characters that XML 1.0 has no way to write."""
-    return "".join(char for char in text if char >= " " or char in "\n\t")
+def counts(checks: list[Check]) -> str:
+    """How many of each verdict, in words; "" for no check."""
+    verdicts = [check.verdict for check in checks]
+    return ", ".join(
+        f"{verdicts.count(verdict)} {verdict}"
+        for verdict in ("pass", "fail", "error", "skip")
+        if verdict in verdicts
+    )
 
 
-def table(checks: list[Check], width: int) -> str:
-    """The checks for a terminal of *width* columns: one line each, details where one failed."""
-    lines = []
-    longest = max((len(check.name) for check in checks), default=0)
-    for check in checks:
-        room = max(20, width - longest - 11)
-        told = f"{check.answered}; {check.witnesses}"
-        if check.verdict == "pass" and len(told) > room:
-            told = told[: room - 1] + "…"
-        lines.append(f"  {check.verdict:5}  {check.name:{longest}}  {told}")
-        if check.verdict != "pass":
-            lines.append(f"         {'':{longest}}  tried: {check.tried}")
-    return "\n".join(lines)
+def write_page(folder: Path, document: dict[str, Any]) -> Path:
+    """Write report.html of a report.json's *document* into *folder*."""
+    path = folder / "report.html"
+    path.write_text(page.render(document), encoding="utf-8")
+    return path
+
+
+#: What report.json must hold for a page to be made of it; "?" ends the keys that came later.
+_SHAPE: dict[str, Any] = {
+    "schema": int,
+    "verdict": str,
+    "exit_code": int,
+    "scenario": str,
+    "started?": str,
+    "accelerator": str,
+    "accelerator_reason": str,
+    "versions": dict,
+    "phases": [{"name": str, "seconds": float, "start?": float, "finished?": bool}],
+    "checks": [
+        {
+            **dict.fromkeys(["name", "verdict", "tried", "answered", "witnesses"], str),
+            "seconds": float,
+            "evidence": str,
+            "phase?": str,
+            "attempts?": [
+                {
+                    **dict.fromkeys(["device", "by", "owner", "expected", "answered"], str),
+                    "pasid": int | None,
+                    "outcome": str,
+                }
+            ],
+        }
+    ],
+    "error": {"message": str, "evidence": str, "phase?": str},
+    "rig": str,
+    "vms?": [{"name": str, "viommu": str, "mdevs": [str]}],
+}
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The document in *folder*'s report.json; ConfigurationError when it is none of this schema."""
+    path = folder / "report.json"
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{path}: not JSON: {error}") from None
+    wrong = _misfit(document, _SHAPE, "")
+    if wrong:
+        raise ConfigurationError(f"{path}: not a report: {wrong}")
+    if document["schema"] != SCHEMA:
+        raise ConfigurationError(f"{path}: schema {document['schema']}; this is for {SCHEMA}")
+    return dict(document)
+
+
+def _misfit(value: Any, shape: Any, where: str) -> str | None:
+    """What keeps *value* from having the *shape*: a type, a list of one, or an object of some."""
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{where} must be a list"
+        found = (_misfit(each, shape[0], f"{where}[{n}]") for n, each in enumerate(value))
+        return next(filter(None, found), None)
+    if isinstance(shape, dict):
+        if where == "error" and value is None:
+            return None
+        if not isinstance(value, dict):
+            return f"{where or 'it'} must be an object"
+        for key, inner in shape.items():
+            name = key.removesuffix("?")
+            place = f"{where}.{name}".removeprefix(".")
+            if name not in value and not key.endswith("?"):
+                return f"{place} is missing"
+            if name in value and (wrong := _misfit(value[name], inner, place)):
+                return wrong
+        return None
+    if shape is float:
+        fits = isinstance(value, int | float) and 0 <= value < 1e9
+        return None if fits else f"{where} must be seconds"
+    return None if isinstance(value, shape) else f"{where} must be {shape}"

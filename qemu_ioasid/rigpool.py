@@ -41,7 +41,7 @@ class Used:
         shutil.copytree(self.logs, folder, dirs_exist_ok=True)
         report = Report(folder, name, lambda line: None, rig=self.config.text)
         report.accelerator, report.exit_code = self.accelerator, 1
-        report.versions = self.versions
+        report.versions, report.vms = self.versions, session.vms(self.config, self.parts)
         report.write()
         if snapshot:
             target = folder / "snapshot"

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from qemu_ioasid import agentdisk, cache, config, image, kernel, qemu, rig, scenarios, standby
 from qemu_ioasid.cache import explained
@@ -52,10 +53,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Output:
-    """Where a run talks to: *say* a line that stays, *progress* one that need not."""
+    """Where a run talks to: *say* a line that stays, *progress* how far the step is that *begins*.
+
+    A step begins with its name; "" is the end of the last one.
+    """
 
     say: Callable[[str], None]
     progress: Callable[[str], None]
+    begins: Callable[[str], None] = lambda step: None
 
 
 def private_qemu(
@@ -145,6 +150,16 @@ def check(configuration: RigConfig, host_qemu: Qemu, accelerator: str) -> None:
     configuration.host.viommu.device(host_qemu.viommu)
 
 
+def vms(configuration: RigConfig, parts: HostParts) -> list[dict[str, Any]]:
+    """Each VM's name, its QEMU's argument for the virtual IOMMU, and its mdevs, for a report."""
+    host = configuration.host.viommu.device(parts.qemu.viommu)
+    found: list[dict[str, Any]] = [{"name": "host", "viommu": host, "mdevs": []}]
+    for name, guest in configuration.guests.items():
+        viommu = guest.viommu.device(parts.guest_viommu)
+        found.append({"name": name, "viommu": viommu, "mdevs": list(guest.mdevs)})
+    return found
+
+
 def project_hash() -> str:
     """Names the Python of this checkout: every file of the package counts."""
     package = Path(__file__).parent
@@ -189,9 +204,17 @@ def run(options: Options, output: Output) -> Report:
     configuration = config.load(options.rig, options.changes)
     rows = table.choose(scenario.rows(configuration), options.checks)
     folder = report_folder(options.report, options.scenario)
-    report = Report(folder, options.scenario, output.say, rig=configuration.text)
+    report = Report(
+        folder,
+        options.scenario,
+        output.say,
+        rig=configuration.text,
+        begins=output.begins,
+        progress=output.progress,
+    )
     try:
         parts = build(options, configuration, output, report)
+        report.vms = vms(configuration, parts)
         with standby.start(
             configuration, parts, options.start, report.phase, output.say, folder
         ) as running:

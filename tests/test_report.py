@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qemu_ioasid.report import Check, Report, table
+from qemu_ioasid import page
+from qemu_ioasid.report import Check, Report, load
 
 
 @pytest.fixture
@@ -38,13 +39,17 @@ def test_document_has_the_promised_keys(report: Report, tmp_path: Path) -> None:
     assert document["exit_code"] == 1
     assert document["accelerator"] == "tcg"
     assert document["versions"]["series"] == "abc"
-    assert [set(phase) for phase in document["phases"]] == [{"name", "seconds"}]
+    assert [set(phase) for phase in document["phases"]] == [
+        {"name", "seconds", "start", "finished"}
+    ]
     for check in document["checks"]:
-        assert {"name", "verdict", "tried", "answered", "witnesses"} <= set(check)
+        assert {"name", "verdict", "tried", "answered", "witnesses", "attempts"} <= set(check)
+    assert load(tmp_path) == document
+    assert (tmp_path / "report.html").read_text() == page.render(document)
 
 
 def test_junit_counts_and_survives_control_characters(report: Report, tmp_path: Path) -> None:
-    report.fail(5, "host: panic: Kernel panic", "last\x1b words")
+    report.fail(5, "host: panic: Kernel panic\ud800", "last\x1b words")
     report.write()
     suite = ElementTree.parse(tmp_path / "junit.xml").getroot()
     assert suite.get("tests") == "5"
@@ -55,7 +60,7 @@ def test_junit_counts_and_survives_control_characters(report: Report, tmp_path: 
     failure = cases["two"].find("failure")
     assert failure is not None and "LEAK" in str(failure.get("message"))
     broke = cases["rig"].find("error")
-    assert broke is not None and broke.text == "last words"
+    assert broke is not None and broke.text == r"last\x1b words"
 
 
 def test_unfinished_phase_is_told(tmp_path: Path) -> None:
@@ -64,12 +69,23 @@ def test_unfinished_phase_is_told(tmp_path: Path) -> None:
     with pytest.raises(KeyError), report.phase("boot"):
         raise KeyError
     assert said[0].endswith("boot  (not finished)")
-    assert report.phases[0].name == "boot"
+    assert report.phases[0].name == "boot" and not report.phases[0].finished
+    report.fail(4, "it broke", "")
+    assert report.error is not None and report.error["phase"] == "boot"
 
 
-def test_table_keeps_to_its_width_where_all_is_well(report: Report) -> None:
-    report.checks[0].witnesses = "x" * 300
-    lines = table(report.checks, 80).splitlines()
-    assert len(lines[0]) <= 80 and lines[0].endswith("…")
-    assert any("LEAK" in line for line in lines)
-    assert any("tried: tried it" in line for line in lines)
+def test_steps_and_checks_are_told_as_they_come(tmp_path: Path) -> None:
+    told: list[str] = []
+    report = Report(tmp_path, "isolation", told.append)
+    report.begins = report.progress = told.append
+    with report.phase("attacks"):
+        report.enter(Check("one", "pass", "it", "DONE", "seen"))
+        report.enter(Check("two", "fail", "it", "DONE", "LEAK"))
+    assert told[:-1] == ["attacks", "1 pass, last one", "1 pass, 1 fail, last two", ""]
+    assert told[-1].endswith("attacks: 1 pass, 1 fail")
+    assert [check.phase for check in report.checks] == ["attacks", "attacks"]
+    with report.phase("no attack"):
+        pass
+    assert told[-1].endswith("no attack")
+    first, second = report.phases
+    assert second.start >= first.start + first.seconds - 0.002

@@ -111,6 +111,12 @@ def running(tmp_path: Path, environment: dict[str, str]) -> Iterator[Any]:
         each.popen.communicate()
 
 
+def attempted(check: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """The attempts of a check: who, device, whose PASID, outcome."""
+    keys = ("by", "device", "owner", "outcome")
+    return [tuple(attempt[key] for key in keys) for attempt in check["attempts"]]
+
+
 def test_isolation_holds(command: Command, tmp_path: Path, built_kernel: Kernel) -> None:
     ended = command("run", "--json", "--report", "report")
     assert ended.code == 0, ended.err
@@ -129,6 +135,14 @@ def test_isolation_holds(command: Command, tmp_path: Path, built_kernel: Kernel)
     assert names.index("restore the rig") < names.index("the stage") < names.index("take it apart")
     suite = ElementTree.parse(tmp_path / "report/junit.xml").getroot()
     assert suite.get("tests") == str(len(CHECKS))
+    checks = {check["name"]: check for check in report["checks"]}
+    assert attempted(checks["registered-c"]) == [("g2", "c", "g2", "allowed")]
+    assert attempted(checks["inter-vm-use"]) == [("g2", "c", "g1", "refused")]
+    assert attempted(checks["after-free-a"]) == [("g1", "a", "", "refused")]
+    assert attempted(checks["past-the-end-b"]) == [("g1", "b", "g1", "faulted")] * 2
+    assert attempted(checks["after-death-c"]) == [("host", "c", "g2", "refused")]
+    assert [outcome for *_, outcome in attempted(checks["in-flight"])] == ["allowed", "refused"]
+    assert "All checks held" in (tmp_path / "report/report.html").read_text()
     for vm in ("host", "g1", "g2"):
         for log in ("console", "qmp", "agent", "qemu"):
             assert (tmp_path / f"report/{vm}.{log}.log").exists(), f"{vm}.{log}"
@@ -174,6 +188,11 @@ def test_a_driver_without_its_list_leaks_and_is_caught(command: Command, mutant:
         assert "LEAK: g1 from the host: 4099 bytes" in checks[name]["witnesses"]
         assert "LEAK: g1 from inside: 4099 bytes" in checks[name]["witnesses"]
         assert "the kernel made a write" in checks[name]["witnesses"]
+        assert checks[name]["phase"] == "between devices and VMs"
+        assert "no console said anything meanwhile" in checks[name]["evidence"]
+    assert attempted(checks["intra-vm"]) == [("g1", "b", "g1", "leaked")]
+    assert attempted(checks["inter-vm-use"]) == [("g2", "c", "g1", "leaked")]
+    assert attempted(checks["registered-a"]) == [("g1", "a", "g1", "allowed")]
 
 
 @pytest.mark.parametrize("mutant", ["bug-in-submit"], indirect=True)
@@ -183,6 +202,7 @@ def test_a_kernel_that_oopses_is_blamed(command: Command, mutant: Path) -> None:
     error = ended.json()["error"]
     assert "kernel BUG at" in error["message"]
     assert "pdma" in error["evidence"]
+    assert error["phase"] in [phase["name"] for phase in ended.json()["phases"]]
 
 
 def test_a_kernel_without_its_root_is_blamed(command: Command) -> None:
@@ -207,6 +227,7 @@ def test_ended_in_mid_boot(running: Any, number: signal.Signals, code: int, tmp_
     if number != signal.SIGKILL:
         report = json.loads((tmp_path / "report/report.json").read_text())
         assert report["verdict"] == "interrupted"
+        assert "boot the host VM" in (tmp_path / "report/report.html").read_text()
 
 
 def test_killed_in_mid_scenario(running: Any) -> None:

@@ -29,7 +29,7 @@ def run(options: Options, rounds: int, output: Output) -> dict[str, Any]:
     """
     configuration = config.parse(registration.RIG, "the benchmark's rig")
     folder = session.report_folder(options.report, "bench")
-    report = Report(folder, "bench", output.say, rig=configuration.text)
+    report = Report(folder, "bench", output.say, rig=configuration.text, begins=output.begins)
     parts = session.build(options, configuration, output, report)
     built = kernel.build(options.kernel, deadline=Deadline(60, "kernel"), progress=output.progress)
     program = cloop.build(built, Deadline(60, "C loop"))

@@ -7,7 +7,8 @@ import errno
 import itertools
 from collections.abc import Sequence
 
-from qemu_ioasid.report import Report
+from qemu_ioasid.deadline import calibration
+from qemu_ioasid.report import Attempt, Report
 from qemu_ioasid.rig import Binding, Completion, Descriptor, Guest, Rig, copy
 from qemu_ioasid.scenarios.checks import Checks, Trial
 from qemu_ioasid.scenarios.table import Row
@@ -72,12 +73,39 @@ class Acts:
             reads=(iova + SOURCE_AT, LENGTH),
             writes=(iova + TARGET_AT, LENGTH),
         ):
-            (done,) = guest.submit(device, self.work(pasid, iova))
-            trial.require_status(done, "DONE")
+            self.submit(trial, guest, device, self.work(pasid, iova), "DONE")
 
-    def faulted(self, trial: Trial, done: Completion, address: int) -> None:
-        """Require that work ended where *address* is not mapped."""
-        trial.require_status(done, "FAULT")
+    def attempt(
+        self, trial: Trial, by: str, device: str, work: Descriptor, expected: str
+    ) -> Attempt:
+        """Note *work* that *by* is about to give *device*; `Trial.settle` takes the completion."""
+        pasid = work["pasid"]
+        owner = by if pasid is None else self.registrar.owner(pasid)
+        trial.attempts.append(Attempt(device, by, pasid, owner, expected))
+        return trial.attempts[-1]
+
+    def submit(
+        self, trial: Trial, guest: Guest, device: str, work: Descriptor, expected: str
+    ) -> Completion:
+        """Have *device* do *work* for *guest*, and require it to end with status *expected*."""
+        attempt = self.attempt(trial, guest.name, device, work, expected)
+        (done,) = guest.submit(device, work)
+        trial.settle(attempt, done)
+        return done
+
+    def submit_by_host(self, trial: Trial, device: str, work: Descriptor, expected: str) -> None:
+        """As `submit`, of a device that the host side has opened."""
+        attempt = self.attempt(trial, "host", device, work, expected)
+        (done,) = self.rig.host.agent.call(
+            "device_submit", name=device, descriptors=[work], seconds=20 * calibration()
+        )
+        trial.settle(attempt, done)
+
+    def faults(
+        self, trial: Trial, guest: Guest, device: str, work: Descriptor, address: int
+    ) -> None:
+        """Require *work* to end where *address* is not mapped."""
+        done = self.submit(trial, guest, device, work, "FAULT")
         trial.require(
             done["error"] == errno.ENOENT and done["addr"] == address,
             f"the fault must be ENOENT at {address:#x}",
@@ -86,5 +114,4 @@ class Acts:
     def refused(self, trial: Trial, guest: Guest, device: str, pasid: int, iova: int) -> None:
         """Require `work` to be refused, with no trace of it anywhere."""
         with self.witnesses.around(trial):
-            (done,) = guest.submit(device, self.work(pasid, iova))
-            trial.require_status(done, "REFUSED")
+            self.submit(trial, guest, device, self.work(pasid, iova), "REFUSED")

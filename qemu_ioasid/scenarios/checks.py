@@ -7,11 +7,14 @@ import contextlib
 import errno
 import time
 from collections.abc import Iterator
-from typing import Any
 
+from qemu_ioasid.console import Console
 from qemu_ioasid.errors import CallFailed, RigError
-from qemu_ioasid.report import Check, Report
+from qemu_ioasid.report import Attempt, Check, Outcome, Report, Verdict
 from qemu_ioasid.rig import Completion, Rig
+
+#: What it means that work ended as expected, by its status.
+OUTCOMES: dict[str, Outcome] = {"DONE": "allowed", "REFUSED": "refused", "FAULT": "faulted"}
 
 
 class Broken(Exception):
@@ -25,6 +28,7 @@ class Trial:
         self.tried = tried
         self.answered: list[str] = []
         self.witnesses: list[str] = []
+        self.attempts: list[Attempt] = []
 
     def answer(self, text: str) -> None:
         """Note what the kernel or the device answered."""
@@ -39,12 +43,15 @@ class Trial:
         if not holds:
             raise Broken(otherwise)
 
-    def require_status(self, completion: Completion, *allowed: str) -> None:
-        """Note a completion and require its status to be one of *allowed*."""
+    def settle(self, attempt: Attempt, completion: Completion) -> None:
+        """Note how *attempt* ended and require its status to be the expected one."""
+        attempt.answered = str(completion["status"])
+        as_expected = attempt.answered == attempt.expected
+        attempt.outcome = OUTCOMES.get(attempt.answered, "wrong") if as_expected else "wrong"
         self.answer(told(completion))
         self.require(
-            completion["status"] in allowed,
-            f"the device answered {told(completion)} where it must be {' or '.join(allowed)}",
+            as_expected,
+            f"the device answered {told(completion)} where it must be {attempt.expected}",
         )
 
     @contextlib.contextmanager
@@ -71,6 +78,16 @@ def told(completion: Completion) -> str:
     return status
 
 
+def _said(before: dict[Console, int]) -> list[str]:
+    """What consoles have said since they had so many lines."""
+    said = [
+        f"the console of {console.name} meanwhile:\n{text}"
+        for console, length in before.items()
+        if (text := console.since(length))
+    ]
+    return said or ["no console said anything meanwhile"]
+
+
 class Checks:
     """Makes checks one after another and enters each in the report."""
 
@@ -87,9 +104,12 @@ class Checks:
         """
         trial = Trial(tried)
         started = time.monotonic()
+        before = {console: console.length for console in self._rig.consoles}
 
-        def enter(verdict: Any, evidence: str = "") -> None:
-            self._report.checks.append(
+        def enter(verdict: Verdict, evidence: str = "") -> None:
+            if verdict != "pass":
+                evidence = "\n".join(filter(None, [evidence, *_said(before)]))
+            self._report.enter(
                 Check(
                     name,
                     verdict,
@@ -98,6 +118,7 @@ class Checks:
                     "; ".join(trial.witnesses) or "not asked",
                     round(time.monotonic() - started, 3),
                     evidence,
+                    attempts=trial.attempts,
                 )
             )
 

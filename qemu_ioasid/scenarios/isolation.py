@@ -16,7 +16,7 @@ from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.guestvm import device_address
 from qemu_ioasid.report import Report
-from qemu_ioasid.rig import Binding, Completion, Guest, Rig, copy
+from qemu_ioasid.rig import Binding, Guest, Rig, copy
 from qemu_ioasid.scenarios import stage
 from qemu_ioasid.scenarios.acts import HALF, LENGTH, OWN_IOVA, SLOT, SOURCE_AT, TARGET_AT
 from qemu_ioasid.scenarios.checks import Trial
@@ -101,8 +101,7 @@ class Isolation(Stage):
         self._walk(guest, device, None, trial)
         # The fault is the attempt to read; a write is never tried.
         with self.witnesses.around(trial, reads=(OWN_IOVA + SOURCE_AT, LENGTH)):
-            (done,) = guest.submit(device, self.work(None, OWN_IOVA))
-            self.faulted(trial, done, OWN_IOVA + SOURCE_AT)
+            self.faults(trial, guest, device, self.work(None, OWN_IOVA), OWN_IOVA + SOURCE_AT)
 
     def _walk(self, guest: Guest, device: str, offset: int | None, trial: Trial) -> None:
         """Require the guest's own tables to map OWN_IOVA to *offset*, or None: not to map it."""
@@ -296,16 +295,19 @@ class Isolation(Stage):
             stack.enter_context(
                 self.witnesses.around(trial, reads=(OWN_IOVA, PAGE), writes=(slow, PAGE))
             )
-            ticket = self.g1.submit_start(
-                self.a,
+            work = (
                 copy(pasid, OWN_IOVA, slow, PAGE),
                 copy(pasid, OWN_IOVA, OWN_IOVA + HALF, PAGE),
             )
+            attempts = [
+                self.attempt(trial, self.g1.name, self.a, each, expected)
+                for each, expected in zip(work, ("DONE", "REFUSED"), strict=True)
+            ]
+            ticket = self.g1.submit_start(self.a, *work)
             self._drains(trial, handle, pasid)
             landed = host.call("slow_read", handle=handle, offset=0, length=PAGE)["hex"]
-            first, second = self.g1.submit_wait(ticket)
-            trial.require_status(first, "DONE")
-            trial.require_status(second, "REFUSED")
+            for attempt, done in zip(attempts, self.g1.submit_wait(ticket), strict=True):
+                trial.settle(attempt, done)
             trial.require(landed == source, "the write had not ended when unregister returned")
             trial.saw("the write was whole when unregister returned, the next one refused")
 
@@ -336,11 +338,9 @@ class Isolation(Stage):
             reads=(start, 64),
             writes=(edge, 64),
         ):
-            (done,) = guest.submit(device, copy(binding.pasid, start, edge, 64))
-            self.faulted(trial, done, edge)
+            self.faults(trial, guest, device, copy(binding.pasid, start, edge, 64), edge)
         with self.witnesses.around(trial, reads=(edge, 64)):
-            (done,) = guest.submit(device, copy(binding.pasid, edge, start, 64))
-            self.faulted(trial, done, edge)
+            self.faults(trial, guest, device, copy(binding.pasid, edge, start, 64), edge)
 
     # The list dies with the last close of the device: a new open starts with none
 
@@ -356,16 +356,6 @@ class Isolation(Stage):
         finally:
             host.call("device_close", name=self.c)
 
-    def _submitted(self, pasid: int, iova: int) -> Completion:
-        """`work`, done by the inherited device."""
-        done: list[Completion] = self.rig.host.agent.call(
-            "device_submit",
-            name=self.c,
-            descriptors=[self.work(pasid, iova)],
-            seconds=20 * calibration(),
-        )
-        return done[0]
-
     @_DEATH("after-death-{c}", "kill {g2}'s QEMU, open {c} again and name the old PASID")
     def _death(self, trial: Trial) -> None:
         held = self.bind(self.g2, self.c)
@@ -373,7 +363,7 @@ class Isolation(Stage):
             left = self.registrar.kernel_list(self.c)
             trial.answer(f"the kernel's list after the new open: {left}")
             with self.witnesses.around(trial):
-                trial.require_status(self._submitted(held.pasid, held.iova), "REFUSED")
+                self.submit_by_host(trial, self.c, self.work(held.pasid, held.iova), "REFUSED")
             trial.require(left == [], f"the list is not empty after a new open: {left}")
 
     @_DEATH("after-reset-{c}", "reset {c}, opened by the host side, with a PASID in its list")
@@ -411,4 +401,4 @@ class Isolation(Stage):
             reads=(OWN_IOVA + SOURCE_AT, LENGTH),
             writes=(OWN_IOVA + TARGET_AT, LENGTH),
         ):
-            trial.require_status(self._submitted(pasid, OWN_IOVA), "DONE")
+            self.submit_by_host(trial, self.c, self.work(pasid, OWN_IOVA), "DONE")

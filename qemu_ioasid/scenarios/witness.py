@@ -24,7 +24,7 @@ from qemu_ioasid.scenarios.checks import Broken, Trial
 Access = dict[str, Any]
 #: What each view of an arena shows: changed, unexpected.
 Views = dict[str, Any]
-#: An I/O virtual address and a length.
+#: An address, of whatever kind, and a length.
 Span = tuple[int, int]
 
 #: What a change may be: *length* bytes at *offset* of the arena, copied from *source* of it.
@@ -58,7 +58,7 @@ class Witnesses:
         *,
         target: str | None = None,
         expect: Expected | None = None,
-        within: tuple[int, int] | None = None,
+        within: Span | None = None,
         reads: Span | None = None,
         writes: Span | None = None,
     ) -> Iterator[None]:
@@ -71,17 +71,27 @@ class Witnesses:
         the block itself finds something wrong.
         """
         self._before()
+        earlier = len(trial.attempts)
         wrong: list[str] = []
         try:
             yield
         except Broken as broken:
             wrong.append(str(broken))
         views, made = self._look(target, expect)
-        wrong += self._strays(views, target, expect, within)
+        leaks = _strays(views, target, within)
+        wrong += _unmoved(views, target, expect)
         for name, write, span in (("read", False, reads), ("write", True, writes)):
             ours = [each for each in made if each["write"] == write]
-            wrong += _outside(name, ours, span, whole=expect is not None)
+            leaks += _outside(name, ours, span)
+            if span is not None and expect is not None:
+                wrong += _short(name, ours, span)
+        wrong += [f"LEAK: {leak}" for leak in leaks]
         if wrong:
+            made_here = trial.attempts[earlier:]
+            # One that ended as it must is not to blame where another did not.
+            astray = [each for each in made_here if each.outcome in ("wrong", "unanswered")]
+            for attempt in astray or made_here:
+                attempt.outcome = "leaked" if leaks else "wrong"
             raise Broken("; ".join(wrong))
         trial.saw(self._told(views, made, target, expect, within))
 
@@ -123,36 +133,13 @@ class Witnesses:
         views = self._all(pending, "comparison of the arenas")
         return views, trace.result(Deadline(30, "the kernel's accesses"))
 
-    def _strays(
-        self,
-        views: Views,
-        target: str | None,
-        expect: Expected | None,
-        within: tuple[int, int] | None,
-    ) -> list[str]:
-        wrong = []
-        for name, seen in views.items():
-            mine = name.split()[0] == target
-            stray = [
-                each
-                for each in seen["unexpected"]
-                if not (mine and within is not None and _inside(each, within))
-            ]
-            if stray:
-                wrong.append(
-                    f"LEAK: {name}: {', '.join(map(_range, stray))} changed and must not have"
-                )
-            if mine and expect is not None and not seen["changed"]:
-                wrong.append(f"{name}: nothing changed where bytes must have moved")
-        return wrong
-
     def _told(
         self,
         views: Views,
         made: list[Access],
         target: str | None,
         expect: Expected | None,
-        within: tuple[int, int] | None,
+        within: Span | None,
     ) -> str:
         count = f"{len(made)} kernel accesses" if made else "no kernel access"
         arenas = f"{len(views)} views of {len(self._rig.guests)} arenas"
@@ -163,23 +150,49 @@ class Witnesses:
         return f"{arenas}: unchanged; {count}"
 
 
-def _outside(name: str, made: list[Access], span: Span | None, *, whole: bool) -> list[str]:
-    """What is wrong with the accesses *made* when they belong in *span*."""
+def _strays(views: Views, target: str | None, within: Span | None) -> list[str]:
+    """What changed and must not have."""
+    leaks = []
+    for name, seen in views.items():
+        mine = name.split()[0] == target
+        stray = [
+            each
+            for each in seen["unexpected"]
+            if not (mine and within is not None and _inside(each, within))
+        ]
+        if stray:
+            leaks.append(f"{name}: {', '.join(map(_range, stray))} changed and must not have")
+    return leaks
+
+
+def _unmoved(views: Views, target: str | None, expect: Expected | None) -> list[str]:
+    """What must have changed and has not."""
+    return [
+        f"{name}: nothing changed where bytes must have moved"
+        for name, seen in views.items()
+        if name.split()[0] == target and expect is not None and not seen["changed"]
+    ]
+
+
+def _outside(name: str, made: list[Access], span: Span | None) -> list[str]:
+    """The accesses *made* that do not lie in *span*."""
     if span is None:
         return [f"the kernel made a {name} of {each['length']} bytes" for each in made]
     start, length = span
-    wrong = [
-        f"LEAK: the kernel made a {name} of {each['length']} bytes at {each['iova']:#x}"
+    return [
+        f"the kernel made a {name} of {each['length']} bytes at {each['iova']:#x}"
         for each in made
         if not (start <= each["iova"] and each["iova"] + each["length"] <= start + length)
     ]
+
+
+def _short(name: str, made: list[Access], span: Span) -> list[str]:
+    """What is wrong when the accesses *made* are not of as many bytes as *span*."""
     total = sum(each["length"] for each in made)
-    if whole and total != length:
-        wrong.append(f"the kernel's {name}s are of {total} bytes, not {length}")
-    return wrong
+    return [] if total == span[1] else [f"the kernel's {name}s are of {total} bytes, not {span[1]}"]
 
 
-def _inside(change: dict[str, Any], within: tuple[int, int]) -> bool:
+def _inside(change: dict[str, Any], within: Span) -> bool:
     offset, length = within
     start, end = int(change["offset"]), int(change["offset"]) + int(change["length"])
     return offset <= start and end <= offset + length
