@@ -138,6 +138,9 @@ def _add_bench(
     command.add_argument(
         "--rounds", type=int, default=5, metavar="N", help="how often each is measured (5)"
     )
+    command.add_argument(
+        "--restores", type=int, metavar="N", help="only restore the default rig, N times in a row"
+    )
     _add_machine(command)
     command.set_defaults(handler=_bench)
 
@@ -194,13 +197,19 @@ def _bench(arguments: argparse.Namespace, terminal: Terminal) -> int:
         report=arguments.report,
         append=arguments.append,
     )
-    document = bench.run(options, arguments.rounds, _output(terminal))
+    if arguments.restores:
+        document = bench.restores(options, arguments.restores, _output(terminal))
+    else:
+        document = bench.run(options, arguments.rounds, _output(terminal))
     if arguments.json:
         print(json.dumps(document, indent=2))
     else:
         print(f"\n{bench.text(document['results'])}\n")
         print(f"report: {_short(Path(document['report']))}")
-    return 0
+    wrong = document["results"][0].get("wrong", [])
+    for told in wrong:
+        print(told, file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def _tell(ended: Report, terminal: Terminal) -> None:

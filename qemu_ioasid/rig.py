@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from qemu_ioasid import guestvm, hostvm, snapshot
+from qemu_ioasid.client import Agent
 from qemu_ioasid.config import RigConfig
-from qemu_ioasid.console import Console
+from qemu_ioasid.console import Console, classify
 from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.errors import ConfigurationError, ConnectionLost, RequirementError
 from qemu_ioasid.guestvm import GuestMachine
@@ -170,43 +171,51 @@ class Rig:
             console.check((seen or {}).get(console.name, 0))
 
     def settle(self) -> None:
-        """Return when all that the kernels have said so far is on the consoles.
+        """Return when every report that the kernels have made so far is on the consoles.
 
-        Each is asked to say a word of ours, after which nothing older can come.
+        The agents read the kernels' logs, which costs little; only where there is
+        a report in one are the consoles waited for, which take a trap a character.
         """
-        alive = [(self.host.console, self.host.agent)]
-        alive += [
-            (guest.machine.console, guest.agent)
-            for guest in self.guests.values()
-            if not guest.agent.lost
-        ]
-        deadline = Deadline(SETTLE_SECONDS, "word of ours on the consoles")
-        with contextlib.ExitStack() as stack:
-            word = f"qemu-ioasid: {secrets.token_hex(8)}"
-            arrivals = [stack.enter_context(console.awaiting(word)) for console, _ in alive]
-            for pending in [agent.start("mark", text=word) for _, agent in alive]:
-                pending.result(deadline)
-            for arrived in arrivals:
-                if not arrived.wait(deadline.remaining()):
-                    raise deadline.exceeded()
+        self._heard(self._everywhere("news"))
 
     def reset(self) -> list[str]:
-        """Undo every registration and mapping, close what was opened, in all VMs.
+        """As `settle`; and undo every registration and mapping, close what was opened, in all VMs.
 
         Gives what is left of it, in words; then this rig is not to be used again.
         """
-        deadline = Deadline(SETTLE_SECONDS, "reset of the rig")
-        with contextlib.ExitStack() as stack:
-            # First the guests: what they have in flight names what is taken away next.
-            for pending in [
-                guest.agent.start("reset") for guest in self.guests.values() if not guest.agent.lost
-            ]:
-                stack.callback(pending.result, deadline)
-        told = self.host.agent.call("reset", deadline=deadline)
+        answers = self._everywhere("reset")
+        told = answers["host"]
         left = [f"the parent's table has {told['table']}"] if told["table"] else []
         left += [f"{name}'s list has {rows}" for name, rows in told["lists"].items() if rows]
         left += [f"guest {name} is gone" for name in self.guests if name not in told["running"]]
+        self._heard(answers)
         return left
+
+    def _agents(self) -> dict[str, Agent]:
+        """Those of the VMs that live, the host's first."""
+        every = [self.host.agent, *(guest.agent for guest in self.guests.values())]
+        return {agent.name: agent for agent in every if not agent.lost}
+
+    def _everywhere(self, op: str, **args: Any) -> dict[str, Any]:
+        """The answers of all VMs that live to *op*, done at once, by name."""
+        deadline = Deadline(SETTLE_SECONDS, f"answer of all agents to {op}")
+        pending = {name: agent.start(op, **args) for name, agent in self._agents().items()}
+        return {name: each.result(deadline) for name, each in pending.items()}
+
+    def _heard(self, answers: Mapping[str, Any]) -> None:
+        """Wait for the consoles of kernels that have reported anything by *answers*."""
+        deadline = Deadline(SETTLE_SECONDS, "word of ours on the consoles")
+        consoles = {console.name: console for console in self.consoles}
+        with contextlib.ExitStack() as stack:
+            word = f"~{secrets.token_hex(3)}"
+            arrivals = []
+            for name, agent in self._agents().items():
+                if any(classify(line) for line in answers[name]["news"]):
+                    arrivals.append(stack.enter_context(consoles[name].awaiting(word)))
+                    agent.call("mark", text=word)
+            for arrived in arrivals:
+                if not arrived.wait(deadline.remaining()):
+                    raise deadline.exceeded()
 
     def stop_guest(self, name: str) -> None:
         """SIGKILL the guest's QEMU; its devices are closed when this returns."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qemu_ioasid.agent import wake
+from qemu_ioasid.agent.kernellog import KMSG, KernelLog
 from qemu_ioasid.agent.sshserver import SshServer
 
 TYPE_CHECKING = False
@@ -16,8 +17,9 @@ class Common:
 
     def __init__(self) -> None:
         self._ssh = SshServer()
+        self._log = KernelLog()
         self.operations: Mapping[str, Callable[..., Any]] = {
-            name: getattr(self, name) for name in ("wake", "mark", "ssh_start", "ssh_stop")
+            name: getattr(self, name) for name in ("wake", "mark", "news", "ssh_start", "ssh_stop")
         }
 
     def wake(self, now: int, entropy: str) -> None:
@@ -28,8 +30,12 @@ class Common:
 
     def mark(self, text: str) -> None:
         """A line on the console, after everything the kernel has said so far."""
-        with open("/dev/kmsg", "w") as kmsg:
+        with open(KMSG, "w") as kmsg:
             kmsg.write(f"<3>{text}\n")
+
+    def news(self) -> dict[str, list[str]]:
+        """What the kernel has said since the last call, of level warning and worse."""
+        return {"news": self._log.news()}
 
     def ssh_start(self, host_key: str, authorized_keys: str) -> dict[str, int]:
         """Serves one SSH connection on the port that is for it."""
@@ -41,4 +47,5 @@ class Common:
 
     def close(self) -> None:
         """Ends what was started."""
+        self._log.close()
         self._ssh.stop()

@@ -166,13 +166,14 @@ class Guest:
             if self._bindings.pop((name, pasid), None) is None:
                 raise KeyError(f"PASID {pasid} is not bound on {name!r}")
 
-    def reset(self) -> None:
-        """As it was when the devices were opened: nothing mapped, nothing bound."""
+    def reset(self) -> Json:
+        """Nothing is mapped, nothing bound, as when the devices were opened; the kernel's news."""
         for opened in self._own.all():
             opened.unmap_all()
         with self._lock:
             self._bindings.clear()
             self._watch = None
+        return self._common.news()
 
     def bindings(self) -> list[Json]:
         """What this guest holds."""

@@ -316,7 +316,7 @@ class Host:
         return self._registrar.audit(self._devices().values(), pasids)
 
     def reset(self) -> Json:
-        """As it was before anybody registered anything; the kernel's word on that."""
+        """As it was before anybody registered anything; the kernel's word on that, and its news."""
         self._slow.close()
         for opened in self._own.all():
             self.device_close(opened.device.name)
@@ -335,6 +335,7 @@ class Host:
         return {
             "table": self.kernel_table(),
             "lists": {name: self.kernel_list(name) for name in self._devices()},
+            **self._common.news(),
             "running": sorted(guest.name for guest in self._guests.values() if guest.running),
         }
 

@@ -16,7 +16,7 @@ from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.report import Report
 from qemu_ioasid.session import Options, Output
 
-__all__ = ["run", "text"]
+__all__ = ["restores", "run", "text"]
 
 #: Raised by one when a key of the document changes its meaning.
 SCHEMA = 1
@@ -60,6 +60,17 @@ def run(options: Options, rounds: int, output: Output) -> dict[str, Any]:
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "report": str(folder),
     }
+    (folder / "bench.json").write_text(json.dumps(document, indent=2) + "\n")
+    return document
+
+
+def restores(options: Options, count: int, output: Output) -> dict[str, Any]:
+    """Restore the default rig *count* times in a row; raises what building its parts raises."""
+    folder = session.report_folder(options.report, "restores")
+    report = Report(folder, "restores", output.say)
+    rigs = start.Rigs(session.build(options, config.load(config.DEFAULT), output, report))
+    found = start.restore_many(rigs, count, output.progress)
+    document = {"schema": SCHEMA, "results": [found], "machine": _machine(), "report": str(folder)}
     (folder / "bench.json").write_text(json.dumps(document, indent=2) + "\n")
     return document
 
