@@ -239,6 +239,21 @@ class Rig:
             guest.machine.disconnect()
         self.host.disconnect()
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The guests are stopped meanwhile, so that a VM that is saved is in none of them.
+
+        QEMU's emulation of SVM has an interrupt that was injected into a guest arrive once more,
+        wherever the guest then is, when the host VM's processor is kicked out of it before it left
+        by itself, as it is to be stopped (target/i386/tcg/system/svm_helper.c, helper_vmrun():
+        exception_index keeps the vector). A guest that holds a lock then waits for itself for ever.
+        """
+        self.host.agent.call("freeze", seconds=SETTLE_SECONDS * calibration())
+        try:
+            yield
+        finally:
+            self.host.agent.call("thaw")
+
     def save(self, folder: Path, identity: dict[str, Any]) -> None:
         """Save all VMs as they are into the new *folder*, and have them run on.
 
@@ -248,11 +263,12 @@ class Rig:
         self.disconnect()
         deadline = Deadline(SAVE_SECONDS, "state of the host VM, saved")
         known = {"identity": identity, "rig": self.known()}
-        try:
-            snapshot.save_whole(self.host.qmp, folder, known, deadline)
-            snapshot.seal(folder)
-        finally:
-            self.host.qmp.execute("cont", deadline)
+        with self.frozen():
+            try:
+                snapshot.save_whole(self.host.qmp, folder, known, deadline)
+                snapshot.seal(folder)
+            finally:
+                self.host.qmp.execute("cont", deadline)
 
     def dismantle(self) -> None:
         """Stop the guests and remove the mdevs: what a host does at its end, and may break at.

@@ -154,10 +154,12 @@ def _saved(
     known = {"identity": whole, "rig": running.known()}
     try:
         with phase("save the rig"):
+            running.host.agent.call("freeze", seconds=SAVE_SECONDS)
             snapshot.save(monitor, folder, known, deadline)
     except (CommandFailed, OSError) as error:
         say(f"the rig is not saved: {error}")
         if monitor.execute("query-status", deadline)["status"] != "running":
             monitor.execute("cont", deadline)
+        running.host.agent.call("thaw")
         return False
     return True

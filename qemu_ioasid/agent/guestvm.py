@@ -10,6 +10,7 @@ import signal
 import threading
 from contextlib import ExitStack, suppress
 
+from qemu_ioasid.agent.deadline import wait_for
 from qemu_ioasid.agent.descriptor import Descriptor
 
 TYPE_CHECKING = False
@@ -186,13 +187,39 @@ class GuestVm:
 
     def kill(self) -> None:
         """SIGKILL; does not wait. On a dead guest: does nothing."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> bool:
+        """Whether there was a QEMU to send it to."""
         try:
             with self._pidfd.borrowed() as fd:
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
+                signal.pidfd_send_signal(fd, number)
         except OSError as error:
             # EBADF: the teardown has closed the pidfd
             if error.errno not in (errno.ESRCH, errno.EBADF):
                 raise
+            return False
+        return True
+
+    def freeze(self, seconds: float) -> None:
+        """Stops every thread of QEMU where it is, until thaw(). Raises TimeoutError.
+
+        On a dead guest: does nothing.
+        """
+        if self._signal(signal.SIGSTOP):
+            wait_for(f"guest {self.name} stopped", seconds, self._all_stopped)
+
+    def _all_stopped(self) -> bool | None:
+        states = []
+        for task in os.listdir(f"/proc/{self.pid}/task"):
+            # a thread may end while this looks
+            with suppress(FileNotFoundError), open(f"/proc/{self.pid}/task/{task}/stat") as file:
+                states.append(file.read().rpartition(")")[2].split()[0])
+        return True if set(states) == {"T"} else None
+
+    def thaw(self) -> None:
+        """Lets QEMU go on. On a dead guest, or one that runs: does nothing."""
+        self._signal(signal.SIGCONT)
 
     def stop(self, seconds: float) -> None:
         """Kills QEMU and waits until its files are closed here, too.

@@ -37,7 +37,8 @@ STOP_SECONDS = 30.0
 # fmt: off
 OPERATIONS = (
     "hello", "mdev_create", "mdev_remove", "guest_start", "guest_status", "guest_stop",
-    "guest_forget", "ioas_alloc", "ioas_destroy", "ioas_map_guest", "ioas_unmap", "pasid_alloc",
+    "guest_forget", "freeze", "thaw", "wake",
+    "ioas_alloc", "ioas_destroy", "ioas_map_guest", "ioas_unmap", "pasid_alloc",
     "pasid_free", "pasids", "register", "replace", "unregister", "ledger", "audit", "raw_attach",
     "raw_detach", "kernel_list", "kernel_table", "wait_blocked", "watch", "changes", "read",
     "trace_start", "trace_clear", "trace_read", "trace_stop", "device_open", "device_close",
@@ -69,9 +70,9 @@ class Host:
         self._spawner: Spawner | None = None
         self._common = Common()
         self.operations: Mapping[str, Callable[..., Any]] = {
-            **{name: getattr(self, name) for name in OPERATIONS},
             **self._common.operations,
             **self._slow.operations,
+            **{name: getattr(self, name) for name in OPERATIONS},
             **Batches(self._registrar, self._device, self._iommufd).operations,
             "device_submit": self._own.submit,
             "device_reset": self._own.reset,
@@ -238,6 +239,23 @@ class Host:
         """Kills QEMU; everything but the memory is closed when this answers."""
         self._guest(name).stop(seconds)
         return self.guest_status(name)
+
+    def freeze(self, seconds: float) -> None:
+        """Stops every guest where it is; TimeoutError: one does not stop."""
+        for guest in list(self._guests.values()):
+            if guest.running:
+                guest.freeze(seconds)
+
+    def thaw(self) -> None:
+        """Lets the guests go on."""
+        for guest in list(self._guests.values()):
+            if guest.running:
+                guest.thaw()
+
+    def wake(self, now: int, entropy: str) -> None:
+        """The VM was restored: its guests go on, in the present."""
+        self._common.wake(now, entropy)
+        self.thaw()
 
     def guest_forget(self, name: str) -> None:
         """Frees a dead guest's memory and its name."""
