@@ -44,7 +44,7 @@ def _iommu() -> list[str]:
     if not os.path.exists("/dev/iommu"):
         found.append("/dev/iommu (CONFIG_IOMMUFD; modprobe iommufd)")
     devices = Path("/proc/devices").read_text().split()
-    if "vfio-cdev" not in devices:
+    if "vfio-dev" not in devices:
         found.append("/dev/vfio/devices (CONFIG_VFIO_DEVICE_CDEV; modprobe vfio)")
     return found
 

@@ -33,6 +33,7 @@ from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, RequirementError, RigError
 from qemu_ioasid.hostvm import HostParts
 from qemu_ioasid.localhost import LocalParts
+from qemu_ioasid.process import current_run
 from qemu_ioasid.qemu import Qemu
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Rig
@@ -201,6 +202,8 @@ def build_local(
     something; ConfigurationError, parts that are none.
     """
     with report.phase("look at this machine"):
+        # Removes first what a run that was killed with its keeper may have left here.
+        current_run()
         lacks = preflight.lacking(configuration)
         try:
             found, accelerator, why = choose_qemu(options, output)
