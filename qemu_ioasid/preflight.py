@@ -51,7 +51,7 @@ def _iommu() -> list[str]:
 
 def _pdma() -> list[str]:
     if not os.path.isdir(_PARENT):
-        return ["the mdev parent pdma (CONFIG_VFIO_PDMA of kernel-patches/; modprobe pdma)"]
+        return ["the mdev parent pdma (CONFIG_VFIO_PDMA of kernel-patches/; modprobe vfio_pdma)"]
     # An mdev is a folder below its parent, and by its name among all mdevs.
     others = [
         name
