@@ -146,7 +146,10 @@ def test_refuses_this_machine(command: Command) -> None:
     assert ended.code == 3
     assert "this machine lacks" in ended.err
     assert "/dev/iommu (CONFIG_IOMMUFD; modprobe iommufd)" in ended.err
-    assert "the mdev parent pdma (CONFIG_VFIO_PDMA of kernel-patches/; modprobe vfio_pdma)" in ended.err
+    assert (
+        "the mdev parent pdma (CONFIG_VFIO_PDMA of kernel-patches/; modprobe vfio_pdma)"
+        in ended.err
+    )
 
 
 @pytest.mark.parametrize(
