@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from qemu_ioasid import bench, config, image, kernel, process, report, session
+from qemu_ioasid import bench, config, image, kernel, parts, process, report, session
 from qemu_ioasid.cache import explained
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, RigError
@@ -70,6 +70,15 @@ def _parser() -> argparse.ArgumentParser:
         handler=_image_build
     )
 
+    carry = commands.add_parser(
+        "parts",
+        parents=[common],
+        help="copy what a run with --host local needs to a folder, for machines without build "
+        "tools; DIR/qemu-ioasid is the command there",
+    )
+    carry.add_argument("folder", type=Path, metavar="DIR", help="is made")
+    carry.set_defaults(handler=_parts)
+
     page = commands.add_parser("report", help="make a report's page anew from its report.json")
     page.add_argument("folder", type=Path, metavar="FOLDER", help="a run's report folder")
     page.set_defaults(handler=_report, json=False)
@@ -93,6 +102,19 @@ def _add_run(
     )
     run.add_argument(
         "--rig", type=Path, default=config.DEFAULT, metavar="FILE", help="what to boot (TOML)"
+    )
+    run.add_argument(
+        "--host",
+        default="vm",
+        choices=("vm", "local"),
+        help="what the guests run on: a host VM, or this machine itself, its kernel and its "
+        "/dev/iommu (root; docs/local.md)",
+    )
+    run.add_argument(
+        "--parts",
+        type=Path,
+        metavar="DIR",
+        help="with --host local: what qemu-ioasid parts made elsewhere, instead of building it",
     )
     _add_machine(run)
     run.add_argument(
@@ -178,6 +200,8 @@ def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         report=arguments.report,
         append=arguments.append,
         start=Start(cold=arguments.cold, verify=arguments.verify),
+        host=arguments.host,
+        parts=arguments.parts,
     )
     ended = session.run(options, _output(terminal))
     if arguments.json:
@@ -301,6 +325,23 @@ def _image_build(arguments: argparse.Namespace, terminal: Terminal) -> int:
             )
     if arguments.json:
         print(json.dumps(rows, indent=2))
+    return 0
+
+
+def _parts(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    terminal.begins("guests' kernel and image")
+    built = parts.build(
+        _spec(arguments),
+        deadline=Deadline(session.BUILD_SECONDS, "guests' kernel and image"),
+        progress=terminal.progress,
+    )
+    terminal.begins("")
+    parts.export(built, arguments.folder)
+    if arguments.json:
+        print(json.dumps({"folder": str(arguments.folder), **built.versions}, indent=2))
+    else:
+        command = arguments.folder / "qemu-ioasid"
+        terminal.say(f"on a machine to be the host: {command} run --host local --parts DIR")
     return 0
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qemu_ioasid import ssh
 from qemu_ioasid.client import Agent
 from qemu_ioasid.config import GuestConfig
 from qemu_ioasid.console import Console
@@ -25,10 +24,6 @@ from qemu_ioasid.machine import COMMAND_LINE, Dial, Ending, Machine, blamed, com
 #: From QEMU's start to the first reply of the agent, in seconds of the reference machine.
 BOOT_SECONDS = 90.0
 
-#: Where the parts of a rig's guests are, inside the host VM.
-DISKS = {"root": "/run/disk/guest", "agent": "/run/disk/agent"}
-KERNEL = "/boot/vmlinuz"
-
 #: A guest's mdev number n sits at 0000:00:(FIRST_SLOT + n).0.
 FIRST_SLOT = 0x10
 
@@ -38,25 +33,63 @@ def device_address(index: int) -> str:
     return f"0000:00:{FIRST_SLOT + index:02x}.0"
 
 
-def argv(name: str, config: GuestConfig, known: frozenset[str], mdevs: dict[str, str]) -> list[str]:
-    """The guest's QEMU; *known* are its intel-iommu's properties, *mdevs* uuids by name.
+class Place:
+    """Where guests run, and all that depends on it: inside a host VM, unless a subclass differs."""
 
-    What is in braces is for the host VM's agent to fill in (docs/agent.md, guest_start).
+    #: What runs a QEMU, and the accelerator it uses, ``kvm`` or ``tcg``.
+    qemu: tuple[str, ...] = ("/usr/bin/qemu-system-x86_64",)
+    accelerator = "kvm"
+    #: What guests are booted from.
+    kernel = "/boot/vmlinuz"
+    disks: Mapping[str, str] = {"root": "/run/disk/guest", "agent": "/run/disk/agent"}
+    #: Which ports the agent binds as sockets.
+    sockets: tuple[str, ...] = ("qmp", "ssh")
+
+    def __init__(self, viommu: frozenset[str]) -> None:
+        """*viommu* are the properties of that QEMU's intel-iommu."""
+        self.viommu = viommu
+
+    def huge(self, memory: int) -> bool:
+        """Whether *memory* bytes of RAM are taken in huge pages."""
+        return True
+
+    def ports(self, name: str) -> list[str]:
+        """QEMU's arguments for the chardevs of guest *name*: console, agent, qmp, ssh."""
+        return [
+            # These two ports of the host VM lead to us, whatever becomes of this QEMU.
+            *("-chardev", f"file,id=console,path=/dev/virtio-ports/console.{name}"),
+            *("-chardev", f"pipe,id=agent,path=/dev/virtio-ports/agent.{name}"),
+            *("-chardev", "socket,id=qmp,fd={socket:qmp},server=on,wait=off"),
+            *("-chardev", "socket,id=ssh,fd={socket:ssh},server=on,wait=off"),
+        ]
+
+    def inherited(self, name: str) -> list[int]:
+        """The fds of the agent's process that `ports` names."""
+        return []
+
+    def dial(self, host: Machine, name: str, sockets: dict[str, str]) -> Dial:
+        """The way to the guest's qmp and ssh; *sockets* are the paths of what the agent bound."""
+        return _dial(host, name, sockets)
+
+
+def argv(name: str, config: GuestConfig, place: Place, mdevs: dict[str, str]) -> list[str]:
+    """The guest's QEMU; *mdevs* are uuids by name.
+
+    What is in braces is for the host side's agent to fill in (docs/agent.md, guest_start).
     """
+    kvm = place.accelerator == "kvm"
     words = [
-        *("/usr/bin/qemu-system-x86_64", "-accel", "kvm", "-cpu", "host"),
-        *("-machine", "q35,kernel-irqchip=split,memory-backend=ram"),
+        *place.qemu,
+        *(("-accel", "kvm") if kvm else ("-accel", "tcg,thread=multi")),
+        *("-cpu", "host" if kvm else "max"),
+        *("-machine", f"q35{',kernel-irqchip=split' if kvm else ''},memory-backend=ram"),
         *("-m", f"{config.memory >> 20}M"),
         "-object",
         f"memory-backend-file,id=ram,share=on,mem-path=/proc/self/fd/{{memory}},size={config.memory}",
-        *("-kernel", KERNEL, "-append", f"{COMMAND_LINE} hugepages=1 ROLE=guest"),
-        # These two ports of the host VM lead to the orchestrator, whatever becomes of this QEMU.
-        *("-chardev", f"file,id=console,path=/dev/virtio-ports/console.{name}"),
-        *("-chardev", f"pipe,id=agent,path=/dev/virtio-ports/agent.{name}"),
-        *("-chardev", "socket,id=qmp,fd={socket:qmp},server=on,wait=off"),
-        *("-chardev", "socket,id=ssh,fd={socket:ssh},server=on,wait=off"),
-        *common_argv(name, config.viommu.device(known), config.cpus),
-        *disk_argv(DISKS),
+        *("-kernel", place.kernel, "-append", f"{COMMAND_LINE} hugepages=1 ROLE=guest"),
+        *place.ports(name),
+        *common_argv(name, config.viommu.device(place.viommu), config.cpus),
+        *disk_argv(dict(place.disks)),
         *("-object", "iommufd,id=iommufd0,fd={iommufd}"),
     ]
     for index, mdev in enumerate(config.mdevs):
@@ -78,6 +111,8 @@ def _dial(host: Machine, name: str, sockets: dict[str, str]) -> Dial:
             if port == "ssh":
                 yield channel
             else:
+                from qemu_ioasid import ssh
+
                 with ssh.as_socket(channel, f"{name} {port}") as sock:
                     yield sock
 
@@ -85,7 +120,7 @@ def _dial(host: Machine, name: str, sockets: dict[str, str]) -> Dial:
 
 
 class GuestMachine(Machine):
-    """A guest that runs; *sockets* are the paths of its ports in the host VM."""
+    """A guest that runs; *sockets* are the paths of its ports on the host side."""
 
     def __init__(
         self,
@@ -95,8 +130,9 @@ class GuestMachine(Machine):
         agent: Agent,
         sockets: dict[str, str],
         logs: Path,
+        place: Place,
     ) -> None:
-        super().__init__(name, console, agent, _dial(host, name, sockets), logs)
+        super().__init__(name, console, agent, place.dial(host, name, sockets), logs)
         self.sockets = sockets
 
 
@@ -105,16 +141,17 @@ def boot(
     host: Machine,
     name: str,
     config: GuestConfig,
-    words: list[str],
+    place: Place,
     mdevs: dict[str, str],
     console: Console,
     agent: Agent,
     logs: Path,
 ) -> Iterator[GuestMachine]:
-    """Boot guest *name* by *words* (`argv`) to its agent's first reply; it ends with the host VM.
+    """Boot guest *name* to its agent's first reply; it ends with the host side.
 
     Raises BootError, InfrastructureError.
     """
+    words = argv(name, config, place, mdevs)
     deadline = Deadline(BOOT_SECONDS, f"first reply of {name}'s agent")
     (logs / f"{name}.qemu.txt").write_text(shlex.join(words) + "\n")
     with contextlib.ExitStack() as stack:
@@ -124,11 +161,12 @@ def boot(
             name=name,
             argv=words,
             memory=int(config.memory),
-            huge=True,
+            huge=place.huge(config.memory),
             devices={mdev: mdevs[mdev] for mdev in config.mdevs},
-            sockets=["qmp", "ssh"],
+            sockets=list(place.sockets),
+            inherit=place.inherited(name),
         )
-        machine = GuestMachine(host, name, console, agent, started["sockets"], logs)
+        machine = GuestMachine(host, name, console, agent, started["sockets"], logs, place)
         stack.enter_context(machine)
         with blamed(name, console, lambda: _ending(host, name)):
             agent.wait_ready(deadline)

@@ -60,13 +60,17 @@ class Ends:
         self.ours: dict[str, socket.socket] = {}
         self._theirs: list[socket.socket] = []
 
-    def chardev(self, name: str) -> list[str]:
-        """QEMU's arguments for a new pair called *name*."""
+    def pair(self, name: str) -> int:
+        """A new pair called *name*; gives the fd of the other end."""
         self.ours[name], theirs = socket.socketpair()
         self._theirs.append(theirs)
         self._stack.callback(self.ours[name].close)
         self._stack.callback(theirs.close)
-        return ["-chardev", f"socket,id={name},fd={theirs.fileno()}"]
+        return theirs.fileno()
+
+    def chardev(self, name: str) -> list[str]:
+        """QEMU's arguments for a new pair called *name*."""
+        return ["-chardev", f"socket,id={name},fd={self.pair(name)}"]
 
     def fds(self) -> list[int]:
         """What QEMU inherits."""
@@ -131,12 +135,22 @@ class HostMachine(Machine):
         self.guest_consoles = guest_consoles
         self.guest_agents = guest_agents
         self._stderr = logs / "host.qemu.log"
+        #: A folder on the host side for files that are `fetch`ed.
+        self.folder = "/run"
         agent.on_event(self._event)
 
     def _event(self, event: dict[str, object]) -> None:
         # A guest's port stays open when the guest dies: this is the end of its connection.
         if event["event"] == "guest-exit" and event["name"] in self.guest_agents:
             self.guest_agents[str(event["name"])].lose()
+
+    def fetch(self, path: str, deadline: Deadline) -> bytes:
+        """The content of a file on the host side."""
+        return self.ssh.get(path, deadline)
+
+    def cannot_tell_stage(self) -> str:
+        """Why nobody can look at this host's IOMMU from outside; empty when the monitor can."""
+        return ""
 
     def ending(self) -> Ending:
         """How QEMU ended, and what it said."""

@@ -12,9 +12,9 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from qemu_ioasid import qmp, ssh
+from qemu_ioasid import qmp
 from qemu_ioasid.client import Agent
 from qemu_ioasid.console import Console
 from qemu_ioasid.deadline import Deadline
@@ -25,7 +25,9 @@ from qemu_ioasid.errors import (
     InfrastructureError,
 )
 from qemu_ioasid.qmp import Qmp
-from qemu_ioasid.ssh import Ssh
+
+if TYPE_CHECKING:
+    from qemu_ioasid.ssh import Ssh
 
 #: What both levels' kernels are told. A panic ends QEMU at once (panic=-1 with -no-reboot), and
 #: an oops is a panic: what follows an oops proves nothing. The timer's check counts ticks in real
@@ -88,6 +90,9 @@ class Machine:
         The keys are made for this connection: the VM hears of them through its
         agent, and nothing of them is on any disk.
         """
+        # Not at the top: a machine without paramiko can be the host itself (docs/local.md).
+        from qemu_ioasid import ssh
+
         with self._lock:
             if self._ssh is None:
                 deadline = Deadline(CONNECT_SECONDS, f"SSH to {self.name}")

@@ -96,6 +96,11 @@ class Run:
             file.write(f"{path}\n")
         return path
 
+    def written_at_our_end(self, path: str, text: str) -> None:
+        """Have *text* written to *path*, if it is there, when this process has ended, however."""
+        with open(self.folder / reaper.WRITES, "a") as file:
+            file.write(f"{path}\t{text}\n")
+
     def close(self) -> None:
         """End the keeper, which removes the folder. For the end of the program."""
         os.close(self._write_end)

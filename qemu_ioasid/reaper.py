@@ -25,6 +25,9 @@ import time
 TOKEN = "QEMU_IOASID_TOKEN"
 #: Lists, one a line, paths outside the run folder that end with it.
 PATHS = "paths"
+#: Lists, one a line, files of the kernel's and after a tab what is written to them at the end:
+#: that is how mdevs and probes are removed.
+WRITES = "writes"
 LOCK = "lock"
 
 
@@ -62,10 +65,24 @@ def kill_marked(token: str, seconds: float = 5.0) -> None:
 
 def _remove(path: str) -> None:
     if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path, ignore_errors=True)
+        # A folder of tracefs goes in one call, whatever is in it, and in no other way.
+        try:
+            os.rmdir(path)
+        except OSError:
+            shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):
             os.unlink(path)
+
+
+def _write(path: str, text: str) -> None:
+    with contextlib.suppress(OSError):
+        # Of tracefs's lists, anything but appending would empty the whole.
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
 
 
 def sweep(folder: str) -> None:
@@ -74,6 +91,10 @@ def sweep(folder: str) -> None:
     with contextlib.suppress(OSError), open(os.path.join(folder, PATHS)) as file:
         for line in file:
             _remove(line.rstrip("\n"))
+    with contextlib.suppress(OSError), open(os.path.join(folder, WRITES)) as file:
+        for line in file:
+            path, _, text = line.rstrip("\n").partition("\t")
+            _write(path, text)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -18,7 +18,7 @@ from qemu_ioasid.config import RigConfig
 from qemu_ioasid.console import Console, classify
 from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.errors import ConfigurationError, ConnectionLost, RequirementError
-from qemu_ioasid.guestvm import GuestMachine
+from qemu_ioasid.guestvm import GuestMachine, Place
 from qemu_ioasid.hostvm import HostMachine, HostParts
 from qemu_ioasid.registrar import Registrar
 from qemu_ioasid.snapshot import Memory, Snapshot
@@ -321,22 +321,42 @@ def boot(
     with contextlib.ExitStack() as stack:
         with phase("boot the host VM"):
             host = stack.enter_context(hostvm.boot(parts, config.host, config.guests, memory, logs))
+        uuids = {name: str(uuid.uuid4()) for name in config.mdevs}
+        place = Place(parts.guest_viommu)
+        rig = stack.enter_context(furnished(config, host, place, uuids, phase, logs))
+        # A guest's hardware clock is as old as its QEMU, and drifts while that is busy.
+        deadline = Deadline(SETTLE_SECONDS, "answer of the agents to the time")
+        hostvm.wake({"host": host.agent, **host.guest_agents}, deadline)
+        yield rig
+
+
+@contextlib.contextmanager
+def furnished(
+    config: RigConfig,
+    host: HostMachine,
+    place: Place,
+    uuids: Mapping[str, str],
+    phase: Phase,
+    logs: Path,
+) -> Iterator[Rig]:
+    """A rig of a *host* that runs: its mdevs made, by *uuids*, and its guests booted at *place*.
+
+    Ends as `boot` does.
+    """
+    with contextlib.ExitStack() as stack:
         rig = Rig(config, host, logs)
         stack.enter_context(_console_verdict(rig))
         _check_features(host)
         with phase("create the mdevs"):
             for name in config.mdevs:
-                rig.mdevs[name] = str(uuid.uuid4())
-                host.agent.call("mdev_create", name=name, uuid=rig.mdevs[name])
+                host.agent.call("mdev_create", name=name, uuid=uuids[name])
+                rig.mdevs[name] = uuids[name]
         if config.guests:
             with phase(f"boot {len(config.guests)} guests in it"):
-                machines = stack.enter_context(_all_guests(rig, parts))
+                machines = stack.enter_context(_all_guests(rig, place))
             with phase("open the devices in the guests"):
                 for name, machine in machines.items():
                     rig.guests[name] = Guest(machine, config.guests[name].mdevs)
-        # A guest's hardware clock is as old as its QEMU, and drifts while that is busy.
-        deadline = Deadline(SETTLE_SECONDS, "answer of the agents to the time")
-        hostvm.wake({"host": host.agent, **host.guest_agents}, deadline)
         yield rig
 
 
@@ -367,6 +387,7 @@ def restore(
                         host.guest_agents[name],
                         told["sockets"],
                         logs,
+                        Place(parts.guest_viommu),
                     )
                 )
                 machine.hello = told["hello"]
@@ -390,7 +411,7 @@ def _console_verdict(rig: Rig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _all_guests(rig: Rig, parts: HostParts) -> Iterator[dict[str, GuestMachine]]:
+def _all_guests(rig: Rig, place: Place) -> Iterator[dict[str, GuestMachine]]:
     """All guests, booted side by side, each on a thread and ended on this one."""
 
     def enter(name: str, stack: contextlib.ExitStack) -> GuestMachine:
@@ -400,7 +421,7 @@ def _all_guests(rig: Rig, parts: HostParts) -> Iterator[dict[str, GuestMachine]]
                 rig.host,
                 name,
                 config,
-                guestvm.argv(name, config, parts.guest_viommu, rig.mdevs),
+                place,
                 rig.mdevs,
                 rig.host.guest_consoles[name],
                 rig.host.guest_agents[name],

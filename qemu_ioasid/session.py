@@ -8,19 +8,35 @@ import importlib.metadata
 import platform
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qemu_ioasid import agentdisk, cache, config, image, kernel, qemu, rig, scenarios, standby
+from qemu_ioasid import (
+    agentdisk,
+    cache,
+    config,
+    image,
+    kernel,
+    localhost,
+    parts,
+    preflight,
+    qemu,
+    rig,
+    scenarios,
+    standby,
+)
 from qemu_ioasid.cache import explained
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.errors import ConfigurationError, RigError
+from qemu_ioasid.errors import ConfigurationError, RequirementError, RigError
 from qemu_ioasid.hostvm import HostParts
+from qemu_ioasid.localhost import LocalParts
+from qemu_ioasid.process import current_run
 from qemu_ioasid.qemu import Qemu
 from qemu_ioasid.report import Report
+from qemu_ioasid.rig import Rig
 from qemu_ioasid.scenarios import table
 from qemu_ioasid.standby import Start
 
@@ -49,6 +65,10 @@ class Options:
     #: Added to the host VM's kernel command line.
     append: str = ""
     start: Start = field(default_factory=Start)
+    #: ``vm``, or ``local``: this machine itself.
+    host: str = "vm"
+    #: What `parts.export` left, for a local host; None: build it.
+    parts: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +87,8 @@ def private_qemu(
     output: Output, name: str = "private"
 ) -> tuple[tuple[str, ...], Mapping[str, str]]:
     """A private QEMU's argv prefix and environment, built if need be."""
+    if not image.RECIPES.is_dir():
+        raise RequirementError("this copy of qemu-ioasid builds none; install QEMU 10.0 or later")
     found = image.private_qemu(
         name, deadline=Deadline(BUILD_SECONDS, "private QEMU"), progress=output.progress
     )
@@ -74,14 +96,14 @@ def private_qemu(
 
 
 def choose_qemu(options: Options, output: Output) -> tuple[Qemu, str, str]:
-    """The host VM's QEMU, the accelerator, and why it is not KVM."""
+    """The QEMU of the VMs we start, the accelerator, and why it is not KVM."""
     found = qemu.find(
         options.qemu,
         lambda name: private_qemu(output, name),
         output.say,
         Deadline(60, "answers of QEMU to the probe"),
     )
-    chosen, why = qemu.accelerator(options.accelerator, found, nested=True)
+    chosen, why = qemu.accelerator(options.accelerator, found, nested=options.host == "vm")
     if why and options.accelerator == "auto":
         output.say(f"no KVM ({why}): everything runs under TCG")
     return found, chosen, why
@@ -150,14 +172,78 @@ def check(configuration: RigConfig, host_qemu: Qemu, accelerator: str) -> None:
     configuration.host.viommu.device(host_qemu.viommu)
 
 
+def check_local(options: Options) -> None:
+    """Refuse options that mean nothing on the host they are given for.
+
+    Raises ConfigurationError.
+    """
+    if options.host != "local":
+        if options.parts is not None:
+            raise ConfigurationError("--parts: goes with --host local")
+        return
+    for option, given in (
+        ("--append", bool(options.append)),
+        ("--profile", options.kernel.profile != "default"),
+        ("--series", options.kernel.series != kernel.Spec().series),
+        ("--set host", any(key.partition(".")[0] == "host" for key in options.changes)),
+    ):
+        if given:
+            raise ConfigurationError(
+                f"{option}: a local host is this machine as it is, with the kernel that it runs"
+            )
+
+
+def build_local(
+    options: Options, configuration: RigConfig, output: Output, report: Report
+) -> LocalParts:
+    """What a rig on this machine is made of.
+
+    Refuses, with one RequirementError that tells all, a machine that lacks
+    something; ConfigurationError, parts that are none.
+    """
+    with report.phase("look at this machine"):
+        # Removes first what a run that was killed with its keeper may have left here.
+        current_run()
+        lacks = preflight.lacking(configuration)
+        try:
+            found, accelerator, why = choose_qemu(options, output)
+            for guest in configuration.guests.values():
+                guest.viommu.device(found.viommu)
+        except RequirementError as error:
+            lacks.append(f"a QEMU for the guests ({error.message})")
+        if lacks:
+            raise RequirementError(f"--host local: this machine lacks {'; '.join(lacks)}")
+    with report.phase("the guests' kernel and image"):
+        if options.parts is not None:
+            guests = parts.load(options.parts)
+        else:
+            deadline = Deadline(BUILD_SECONDS, "guests' kernel and image")
+            guests = parts.build(options.kernel, deadline=deadline, progress=output.progress)
+    report.accelerator, report.accelerator_reason = accelerator, why
+    report.versions.update(
+        project={"version": importlib.metadata.version("qemu_ioasid"), "hash": project_hash()},
+        kernel={"release": platform.release(), "source": "this machine's", "hash": ""},
+        qemu={"guests": found.version},
+        python=platform.python_version(),
+        **guests.versions,
+    )
+    report.vms = [{"name": "host", "viommu": "this machine", "mdevs": []}]
+    report.vms += _guests(configuration, found.viommu)
+    return LocalParts(found, accelerator, guests)
+
+
 def vms(configuration: RigConfig, parts: HostParts) -> list[dict[str, Any]]:
     """Each VM's name, its QEMU's argument for the virtual IOMMU, and its mdevs, for a report."""
     host = configuration.host.viommu.device(parts.qemu.viommu)
     found: list[dict[str, Any]] = [{"name": "host", "viommu": host, "mdevs": []}]
-    for name, guest in configuration.guests.items():
-        viommu = guest.viommu.device(parts.guest_viommu)
-        found.append({"name": name, "viommu": viommu, "mdevs": list(guest.mdevs)})
-    return found
+    return [*found, *_guests(configuration, parts.guest_viommu)]
+
+
+def _guests(configuration: RigConfig, known: frozenset[str]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "viommu": guest.viommu.device(known), "mdevs": list(guest.mdevs)}
+        for name, guest in configuration.guests.items()
+    ]
 
 
 def project_hash() -> str:
@@ -194,12 +280,30 @@ def report_folder(wanted: Path | None, scenario: str) -> Path:
     raise ConfigurationError(f"--report {wanted}: is there already and not an empty folder")
 
 
+@contextlib.contextmanager
+def _started(
+    options: Options, configuration: RigConfig, output: Output, report: Report
+) -> Iterator[Rig]:
+    if options.host == "local":
+        local = build_local(options, configuration, output, report)
+        started = localhost.start(configuration, local, report.phase, output.say, report.folder)
+    else:
+        made = build(options, configuration, output, report)
+        report.vms = vms(configuration, made)
+        started = standby.start(
+            configuration, made, options.start, report.phase, output.say, report.folder
+        )
+    with started as running:
+        yield running
+
+
 def run(options: Options, output: Output) -> Report:
     """Everything. The report says what happened and is on disk, whatever that was.
 
     Raises ConfigurationError before there is a report, and KeyboardInterrupt
     and `Terminated` after having written it.
     """
+    check_local(options)
     scenario = scenarios.find(options.scenario)
     configuration = config.load(options.rig, options.changes)
     rows = table.choose(scenario.rows(configuration), options.checks)
@@ -213,11 +317,7 @@ def run(options: Options, output: Output) -> Report:
         progress=output.progress,
     )
     try:
-        parts = build(options, configuration, output, report)
-        report.vms = vms(configuration, parts)
-        with standby.start(
-            configuration, parts, options.start, report.phase, output.say, folder
-        ) as running:
+        with _started(options, configuration, output, report) as running:
             scenario.run(running, report, rows)
             with report.phase("take it apart"):
                 running.dismantle()

@@ -51,7 +51,9 @@ def identity(config: RigConfig, parts: HostParts) -> dict[str, Any]:
         "guests": {name: dataclasses.asdict(guest) for name, guest in config.guests.items()},
         "command line": line,
         "guests' command lines": [
-            guestvm.argv(name, guest, parts.guest_viommu, dict.fromkeys(guest.mdevs, ""))
+            guestvm.argv(
+                name, guest, guestvm.Place(parts.guest_viommu), dict.fromkeys(guest.mdevs, "")
+            )
             for name, guest in config.guests.items()
         ],
     }

@@ -48,6 +48,8 @@ def _listening(folder: str, names: Sequence[str], stack: ExitStack) -> dict[str,
     """Listening unix sockets in a folder that only this user may enter; stack removes all."""
     import socket
 
+    if not names:
+        return {}
     os.makedirs(RUNTIME, mode=0o700, exist_ok=True)
     # left by an agent that was killed; the name is ours, since a running guest holds it no more
     _remove_folder(folder)
@@ -108,8 +110,11 @@ class GuestVm:
         argv: Sequence[str],
         socket_names: Sequence[str],
         on_exit: Callable[[GuestVm], None],
+        inherit: Sequence[int] = (),
     ) -> int:
         """Starts QEMU; returns its pid. Once. On failure everything but forget() is undone.
+
+        inherit are open fds of this process that QEMU gets, too, by the same numbers.
 
         on_exit runs in this object's thread when QEMU is dead and its files are closed, before
         stop() returns. Raises OSError.
@@ -119,7 +124,7 @@ class GuestVm:
             for device in self.devices.values():
                 stack.callback(device.close)
             sockets = _listening(f"{RUNTIME}/{self.name}", socket_names, stack)
-            process = self._spawn(spawner, argv, sockets, stack)
+            process = self._spawn(spawner, argv, sockets, inherit, stack)
             for name, listener in sockets.items():
                 self.socket_paths[name] = listener.getsockname()
                 # QEMU's copy is the only one left: after its death a connect is refused
@@ -138,6 +143,7 @@ class GuestVm:
         spawner: Spawner,
         argv: Sequence[str],
         sockets: Mapping[str, socket.socket],
+        inherit: Sequence[int],
         stack: ExitStack,
     ) -> Popen[bytes]:
         with ExitStack() as borrowed:
@@ -151,7 +157,7 @@ class GuestVm:
             for name, listener in sockets.items():
                 numbers[f"socket:{name}"] = listener.fileno()
             command = substituted(argv, numbers)
-            process = spawner.spawn(command, numbers.values(), self._output)
+            process = spawner.spawn(command, [*numbers.values(), *inherit], self._output)
         try:
             self._pidfd = Descriptor(os.pidfd_open(process.pid), f"pidfd of {self.name}")
         except BaseException:

@@ -183,6 +183,7 @@ class Host:
         devices: dict[str, str],
         sockets: list[str],
         huge: bool = False,
+        inherit: list[int] | None = None,
     ) -> Json:
         """Starts a guest's QEMU with every fd it needs."""
         from qemu_ioasid.agent.spawn import Spawner
@@ -204,7 +205,7 @@ class Host:
             with self._lock:
                 self._guests[name] = guest
             stack.callback(self._guests.pop, name)
-            pid = guest.start(self._spawner, argv, sockets, self._guest_gone)
+            pid = guest.start(self._spawner, argv, sockets, self._guest_gone, inherit or ())
             stack.pop_all()
         return {
             "pid": pid,

@@ -21,6 +21,10 @@ class Broken(Exception):
     """What must hold does not; ends the check that found it, and no other."""
 
 
+class Skipped(Exception):
+    """There is nothing here that the check could be made on; the message says why."""
+
+
 class Trial:
     """The check being made: scenarios say on it what was tried, answered and seen."""
 
@@ -124,6 +128,9 @@ class Checks:
 
         try:
             yield trial
+        except Skipped as skipped:
+            trial.answer(str(skipped))
+            enter("skip")
         except Broken as broken:
             trial.saw(str(broken))
             enter("fail")

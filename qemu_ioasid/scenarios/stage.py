@@ -12,7 +12,7 @@ from qemu_ioasid.machine import Machine
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Rig
 from qemu_ioasid.scenarios.acts import Acts
-from qemu_ioasid.scenarios.checks import Trial
+from qemu_ioasid.scenarios.checks import Skipped, Trial
 from qemu_ioasid.scenarios.table import Row, Table
 
 TABLE = Table()
@@ -34,6 +34,9 @@ class Stage(Acts):
 
     @_STAGE("stage-{vm}", "read the VT-d registers through QMP")
     def _stage(self, trial: Trial, vm: str) -> None:
+        reason = self.rig.host.cannot_tell_stage() if vm == "host" else ""
+        if reason:
+            raise Skipped(reason)
         machine: Machine = self.rig.host if vm == "host" else self.rig.guests[vm].machine
         found = vtd.stage(machine.qmp)
         mode = "scalable" if found.scalable else "legacy"
@@ -48,9 +51,9 @@ class Stage(Acts):
         deadline = Deadline(20, f"pmemsave in {guest.name}")
         nonce = guest.agent.call("nonce")["hex"]
         length = len(nonce) // 2
-        path = f"/run/{guest.name}.pmem"
+        path = f"{self.rig.host.folder}/{guest.name}.pmem"
         guest.machine.qmp.execute("pmemsave", deadline, val=guest.gpa, size=length, filename=path)
-        saved = self.rig.host.ssh.get(path, deadline).hex()
+        saved = self.rig.host.fetch(path, deadline).hex()
         in_file = self.rig.host.agent.call("read", guest=guest.name, gpa=guest.gpa, length=length)[
             "hex"
         ]
