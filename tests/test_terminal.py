@@ -34,6 +34,7 @@ class Pty:
         self.ours, self.theirs = pty.openpty()
         fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
         self.written = ""
+        self._over = False
         self._grew = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -44,19 +45,26 @@ class Pty:
                 with self._grew:
                     self.written += data.decode()
                     self._grew.notify_all()
+        with self._grew:
+            self._over = True
+            self._grew.notify_all()
 
     def wait_for(self, pattern: str, seconds: float = 10) -> None:
         """Wait until *pattern* is in what was written."""
         with self._grew:
-            found = self._grew.wait_for(lambda: re.search(pattern, self.written), seconds)
-        assert found, f"no {pattern} in {self.written!r}"
+            self._grew.wait_for(lambda: self._over or re.search(pattern, self.written), seconds)
+        assert re.search(pattern, self.written), f"no {pattern} in {self.written!r}"
+
+    def hand_over(self) -> None:
+        """Whoever else has the terminal open alone keeps it: it ends with them."""
+        if self.theirs >= 0:
+            os.close(self.theirs)
+            self.theirs = -1
 
     def close(self) -> None:
         """No more will be written: let the reader come to the end."""
-        if self.theirs >= 0:
-            os.close(self.theirs)
-            self._reader.join(10)
-            self.theirs = -1
+        self.hand_over()
+        self._reader.join(10)
         self.hang_up()
 
     def hang_up(self) -> None:
@@ -213,13 +221,17 @@ def test_ctrl_c_leaves_a_clean_line(
     tmp_path: Path, environment: dict[str, str], terminal_pty: Pty
 ) -> None:
     run = subprocess.Popen(
-        ["setsid", "--ctty", sys.executable, "-m", "qemu_ioasid.cli", "run", "--report", "report"],
+        [
+            *("setsid", "--ctty", sys.executable, "-m", "qemu_ioasid.cli"),
+            *("run", "--cold", "--report", "report"),
+        ],
         cwd=tmp_path,
         env={**environment, "TERM": "xterm"},
         stdin=terminal_pty.theirs,
         stdout=terminal_pty.theirs,
         stderr=terminal_pty.theirs,
     )
+    terminal_pty.hand_over()
     try:
         terminal_pty.wait_for(r"0\.[2-9] s  boot the host VM", 900)
         os.write(terminal_pty.ours, b"\x03")
