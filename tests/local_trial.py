@@ -3,8 +3,8 @@
 
 ``local_trial.py WHEN WHOM SIGNAL COMMAND...``: once there is an mdev (WHEN is ``mdev``) or a trace
 (``trace``), SIGNAL goes to the command (WHOM is ``command``), after SIGKILL to its keeper where
-WHOM is ``keeper``, and to all that it started where that is ``all``; ``never none 0`` lets it run. Prints JSON: the exit code, the output, and the
-machine before, when it was broken off, and at last.
+WHOM is ``keeper``, and to all that it started where that is ``all``; ``never none 0`` lets it run.
+Prints JSON: the exit code, the output, and the machine before, when it was broken off, and at last.
 """
 
 from __future__ import annotations
