@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import select
 import socket
 import sys
@@ -55,6 +56,8 @@ _TRACEFS = "/sys/kernel/tracing"
 _FREE_HUGE = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages"
 #: What one read of /dev/kmsg may give (kernel/printk/printk.c, CONSOLE_EXT_LOG_MAX).
 _RECORD = 8192
+#: The word that `Rig.settle` waits for.
+_MARK = re.compile(rb"~[0-9a-f]{6}")
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,7 @@ def _line(record: bytes) -> bytes:
     head, _, text = record.partition(b";")
     priority, _, microseconds = head.split(b",")[:3]
     text = text.split(b"\n")[0]
-    if int(priority) >> 3 and not text.startswith(b"qemu-ioasid: "):
+    if int(priority) >> 3 and not _MARK.fullmatch(text):
         return b""
     return b"[%12.6f] %s\n" % (int(microseconds) / 1e6, text)
 

@@ -2,9 +2,9 @@
 """Runs in the host VM: a command with --host local, perhaps broken off, and what it left there.
 
 ``local_trial.py WHEN WHOM SIGNAL COMMAND...``: once there is an mdev (WHEN is ``mdev``) or a trace
-(``trace``), SIGNAL goes to the command (WHOM is ``command``), after SIGKILL to all that it started
-where WHOM is ``all``; ``never none 0`` lets it run. Prints JSON: the exit code, the output, and the
-machine before, when it was broken off, and at last.
+(``trace``), SIGNAL goes to the command (WHOM is ``command``), after SIGKILL to its keeper where
+WHOM is ``keeper``, and to all that it started where that is ``all``; ``never none 0`` lets it run.
+Prints JSON: the exit code, the output, and the machine before, when it was broken off, and at last.
 """
 
 from __future__ import annotations
@@ -93,6 +93,9 @@ def break_off(
     if whom == "all":
         for pid in of_runs():
             os.kill(pid, signal.SIGKILL)
+    elif whom == "keeper":
+        (pid,) = [pid for pid, words, _ in processes() if RUNS in words]
+        os.kill(pid, signal.SIGKILL)
     child.send_signal(number)
     child.send_signal(signal.SIGCONT)
     return found

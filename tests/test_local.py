@@ -116,7 +116,15 @@ def test_killed_the_keeper_restores(trial: Trial) -> None:
     assert ended["after"] == ended["before"]
 
 
-def test_killed_with_its_keeper_the_next_start_restores_and_refuses(
+def test_killed_with_its_keeper_the_agent_restores(trial: Trial) -> None:
+    ended = trial("trace", "keeper", signal.SIGKILL, *NO_GUEST)
+    assert (len(ended["broken"]["mdevs"]), len(ended["broken"]["traces"])) == (1, 1)
+    # An empty run folder waits for the next start.
+    assert len(ended["after"]["runs"]) == 1
+    assert {**ended["after"], "runs": None} == ended["before"]
+
+
+def test_killed_with_keeper_and_agent_the_next_start_restores_and_refuses(
     trial: Trial, shared_rig: Rig
 ) -> None:
     killed = trial("trace", "all", signal.SIGKILL, *NO_GUEST)
@@ -193,7 +201,7 @@ def test_parts_are_compared(
     [
         (b"4,7,1500000,-;WARNING: bad\n SUBSYSTEM=pci\n", b"[    1.500000] WARNING: bad\n"),
         (b"12,8,1500000,-;WARNING: said systemd\n", b""),
-        (b"11,9,2000000,-;qemu-ioasid: 12ab\n", b"[    2.000000] qemu-ioasid: 12ab\n"),
+        (b"11,9,2000000,-;~12ab9f\n", b"[    2.000000] ~12ab9f\n"),
     ],
 )
 def test_only_the_kernel_is_judged(record: bytes, line: bytes) -> None:

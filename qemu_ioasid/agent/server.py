@@ -111,7 +111,11 @@ class Server:
             with self._reading:
                 if self._ended.is_set():
                     return
-                line = stream.readline()
+                try:
+                    line = stream.readline()
+                except ConnectionResetError:
+                    # a socket whose other end died with answers unread
+                    line = b""
                 if not line:
                     self._ended.set()
                     return
