@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import queue
@@ -129,6 +130,13 @@ def close_run() -> None:
         if _run is not None and _run_pid == os.getpid():
             _run.close()
         _run = None
+
+
+def die_with_parent() -> None:
+    """Have this process killed when the one that started it ends; its keeper then does the rest."""
+    pr_set_pdeathsig = 1
+    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL):
+        raise OSError(ctypes.get_errno(), "prctl")
 
 
 class Child:

@@ -369,13 +369,11 @@ def restore(
     with contextlib.ExitStack() as stack:
         with phase("restore the rig"):
             deadline = Deadline(RESTORE_SECONDS, "first reply of the restored agents")
-            host = stack.enter_context(
-                hostvm.run(
-                    parts, config.host, config.guests, saved.memory(config.host.memory), logs
-                )
-            )
+            memory = saved.memory(config.host.memory)
+            host = stack.enter_context(hostvm.run(parts, config.host, config.guests, memory, logs))
             rig = Rig(config, host, logs)
             stack.enter_context(_console_verdict(rig))
+            memory.receive(host.qmp, deadline)
             hostvm.wake({"host": host.agent, **host.guest_agents}, deadline)
             host.hello, rig.mdevs = known["hello"], dict(known["mdevs"])
             for name, told in known["guests"].items():

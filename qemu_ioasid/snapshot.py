@@ -55,6 +55,17 @@ class Memory:
 
     argv: tuple[str, ...]
     fds: tuple[int, ...] = ()
+    #: The migration capability that a saved VM is read with; "" where none is read.
+    capability: str = ""
+
+    def receive(self, monitor: Qmp, deadline: Deadline) -> None:
+        """Have the QEMU that was started with this read the saved VM, and run it.
+
+        Capabilities are no options of QEMU 10.0's command line.
+        """
+        wanted = [{"capability": self.capability, "state": True}]
+        monitor.execute("migrate-set-capabilities", deadline, capabilities=wanted)
+        monitor.execute("migrate-incoming", deadline, uri=f"file:/proc/self/fd/{self.fds[-1]}")
 
 
 def anonymous(size: int) -> Memory:
@@ -209,17 +220,13 @@ class Snapshot:
 
     def memory(self, size: int) -> Memory:
         """For a QEMU with RAM of *size*, which starts where the snapshot was taken; any number."""
-        incoming = ("-incoming", f"file:/proc/self/fd/{self.fds[_STATE]}")
+        incoming = ("-incoming", "defer")
         if _RAM not in self.fds:
-            return Memory(
-                (*anonymous(size).argv, "-global", "migration.mapped-ram=on", *incoming),
-                (self.fds[_STATE],),
-            )
+            argv = (*anonymous(size).argv, *incoming)
+            return Memory(argv, (self.fds[_STATE],), "mapped-ram")
         backend = _file_memory(self.fds[_RAM], size, "share=off,readonly=on,rom=off")
-        return Memory(
-            ("-object", backend, "-global", "migration.x-ignore-shared=on", *incoming),
-            (self.fds[_RAM], self.fds[_STATE]),
-        )
+        fds = (self.fds[_RAM], self.fds[_STATE])
+        return Memory(("-object", backend, *incoming), fds, "x-ignore-shared")
 
 
 def _told(folder: Path) -> dict[str, Any]:

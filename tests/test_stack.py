@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,18 @@ def ours(token: str) -> list[int]:
 
 
 class Running:
-    """``qemu-ioasid`` under way, in a terminal-less session of its own."""
+    """``qemu-ioasid``, or another *command* with its arguments, under way without a terminal."""
 
-    def __init__(self, cwd: Path, environment: dict[str, str], *arguments: str) -> None:
+    def __init__(
+        self,
+        cwd: Path,
+        environment: dict[str, str],
+        *arguments: str,
+        command: Sequence[str] = (sys.executable, "-m", "qemu_ioasid.cli"),
+    ) -> None:
         self.environment = environment
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "qemu_ioasid.cli", *arguments],
+            [*command, *arguments],
             cwd=cwd,
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Avocado as a user runs it, on the shipped examples and with the commands of docs/avocado.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qemu_ioasid import config
+from tests.test_stack import MUTANTS, Running
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+DOC = (ROOT / "docs/avocado.md").read_text()
+DOCUMENTED = [
+    shlex.split(line)
+    for block in re.findall(r"```sh\n(.*?)```", DOC, re.DOTALL)
+    for line in block.splitlines()
+]
+BIN = Path(sys.executable).parent
+#: The matrix, with a parameter that costs nothing for the kernel that takes minutes to build.
+MATRIX = re.sub(
+    "^profile.*$", "accel [ auto, tcg ]", (EXAMPLES / "matrix.cit").read_text(), flags=re.M
+)
+
+
+@dataclasses.dataclass
+class Job:
+    """An ended `avocado run`."""
+
+    code: int
+    out: str
+    folder: Path
+
+    @property
+    def tests(self) -> dict[str, Any]:
+        """results.json's tests, by their names without the number in front."""
+        found = json.loads((self.folder / "results.json").read_text())["tests"]
+        return {test["id"].partition("-")[2]: test for test in found}
+
+    def log(self, name: str) -> str:
+        """What a test told."""
+        return Path(self.tests[name]["logfile"]).read_text()
+
+    def report(self, name: str) -> Any:
+        """A test's report.json."""
+        return json.loads((Path(self.tests[name]["logdir"]) / "report/report.json").read_text())
+
+
+@pytest.fixture
+def home(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """A user's environment, with Avocado's own files in the test's folder and not in CI."""
+    cache = os.environ.get("QEMU_IOASID_CACHE", os.path.expanduser("~/.cache/qemu_ioasid"))
+    return {
+        **environment,
+        "HOME": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+        "QEMU_IOASID_CACHE": cache,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "CI": "",
+    }
+
+
+Avocado = Callable[..., Job]
+
+
+@pytest.fixture
+def avocado(home: dict[str, str], tmp_path: Path) -> Avocado:
+    """Runs ``avocado`` in the project's folder, and leaves nothing behind."""
+
+    def call(*arguments: str, timeout: float = 900, **extra: str) -> Job:
+        results = ["--disable-sysinfo", "--job-results-dir", str(tmp_path / "results")]
+        run = [*arguments, *results] if "run" in arguments else arguments
+        done = subprocess.run(
+            ["avocado", *run],
+            cwd=ROOT,
+            env={**home, **extra},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+        base = Path(home["XDG_RUNTIME_DIR"]) / "qemu_ioasid"
+        assert not base.exists(), "a run folder was left behind"
+        return Job(done.returncode, done.stdout, tmp_path / "results/latest")
+
+    return call
+
+
+def documented(*words: str) -> list[str]:
+    """The one command of docs/avocado.md with all these *words*, `avocado` itself left out."""
+    (found,) = [line[1:] for line in DOCUMENTED if line[0] == "avocado" and set(words) <= {*line}]
+    return found
+
+
+# References
+
+
+def test_each_check_of_a_scenario_file_is_listed(avocado: Avocado) -> None:
+    listed = avocado(*documented("list"))
+    assert listed.code == 0
+    names = ["unregistered-a", "intra-vm", "inter-vm-use", "inter-vm-register"]
+    assert listed.out.split("\n")[:-1] == [f"ioasid examples/attacks.ioasid:{n}" for n in names]
+
+
+def test_rig_files_scenario_files_and_nothing_else(avocado: Avocado) -> None:
+    """A folder is searched; the hosts' files and the matrix in it are no references."""
+    listed = avocado("list", "examples/", "pyproject.toml").out.splitlines()
+    assert {line.rpartition(":")[0] for line in listed} == {
+        f"ioasid examples/{name}" for name in ("attacks.ioasid", "isolation.ioasid")
+    } | {"ioasid examples/two-guests.toml"}
+    assert len(listed) == 4 + 40 + 40
+
+
+def test_the_shipped_rig_is_the_default_one() -> None:
+    found = config.load(EXAMPLES / "two-guests.toml")
+    assert found == dataclasses.replace(
+        config.load(config.DEFAULT), path=found.path, text=found.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("x.ioasid", "cheks = []", "cheks: unknown key; known are checks, rig, scenario"),
+        ("x.ioasid", "checks = 'audit'", "checks: must be a list of strings"),
+        ("x.ioasid", "checks = ['nonesuch']", "check nonesuch: unknown; known are stage-host"),
+        ("x.ioasid", "scenario = 'nonesuch'", "scenario nonesuch: unknown; known are isolation"),
+        ("x.ioasid", "rig = 'nonesuch.toml'", "nonesuch.toml: No such file"),
+        ("x.toml", "[host]\ncpu = 1", "host.cpu: unknown key"),
+        ("x.toml", "[guest.g1]", "isolation needs two guests"),
+        ("x.toml", "[host", "x.toml: "),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_told(
+    avocado: Avocado, tmp_path: Path, name: str, text: str, reason: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    job = avocado("run", str(tmp_path / name))
+    assert job.code != 0
+    assert reason in job.out
+    assert "Traceback" not in job.out
+
+
+# Results
+
+
+def test_the_examples_print_a_result_a_check(avocado: Avocado) -> None:
+    job = avocado(*documented("run", "examples/attacks.ioasid"))
+    assert job.code == 0, job.out
+    assert len(re.findall(r"\(\d/4\) examples/attacks\.ioasid:[\w-]+: +PASS", job.out)) == 4
+    for name, test in job.tests.items():
+        check = name.rpartition(":")[2]
+        (found,) = job.report(name)["checks"]
+        assert (found["name"], found["verdict"]) == (check, "pass")
+        assert f"tried: {found['tried']}" in job.log(name)
+        made_with = json.loads((Path(test["logdir"]) / "whiteboard").read_text())
+        assert made_with["kernel"] == job.report(name)["versions"]["kernel"]
+        for vm in ("host", "g1", "g2"):
+            assert (Path(test["logdir"]) / f"report/{vm}.console.log").exists()
+    assert "examples/attacks.ioasid:intra-vm" in (job.folder / "results.html").read_text()
+    builds = [log.read_text() for log in job.folder.glob("dependencies/*/debug.log")]
+    assert len(builds) == 8
+    assert sum("fulfilled from cache" in text for text in builds) == 6
+
+
+def test_settings_and_one_check(avocado: Avocado, tmp_path: Path) -> None:
+    command = documented("run", "--ioasid-qemu")
+    job = avocado(*command, "--ioasid-report", str(tmp_path / "reports"))
+    assert job.code == 0, job.out
+    assert list(job.tests) == ["examples/two-guests.toml:audit"]
+    (report,) = (tmp_path / "reports").glob("job-*/1-*/report.json")
+    document = json.loads(report.read_text())
+    assert document["versions"]["qemu"]["host"].startswith("10.0.")
+    assert document["accelerator"] == "tcg"
+
+
+def test_a_check_that_fails(avocado: Avocado, tmp_path: Path) -> None:
+    """On a driver without its list (as tests/test_stack.py builds it)."""
+    series = tmp_path / "7.2"
+    shutil.copytree(ROOT / "kernel-patches/7.2", series)
+    shutil.copy(MUTANTS / "no-list-check.patch", series)
+    with open(series / "series", "a") as file:
+        file.write("no-list-check.patch\n")
+    job = avocado("run", "--ioasid-series", str(series), "examples/attacks.ioasid:intra-vm")
+    assert job.code == 1
+    (test,) = job.tests.values()
+    assert test["status"] == "FAIL"
+    assert "LEAK: g1 from the host: 4099 bytes" in test["fail_reason"]
+
+
+def test_a_kernel_that_breaks_has_failed_its_test(avocado: Avocado) -> None:
+    command = ("--ioasid-append", "root=/dev/nonesuch", "examples/attacks.ioasid:intra-vm")
+    job = avocado("run", *command)
+    (test,) = job.tests.values()
+    assert test["status"] == "FAIL", job.out
+    assert "host did not boot: panic" in test["fail_reason"]
+    assert "Kernel panic" in Path(test["logfile"]).read_text()
+
+
+@pytest.mark.parametrize(("ci", "status", "code"), [("", "CANCEL", 0), ("true", "ERROR", 1)])
+def test_a_missing_requirement(avocado: Avocado, ci: str, status: str, code: int) -> None:
+    command = ("--ioasid-qemu", "nonesuch", "examples/attacks.ioasid:intra-vm")
+    job = avocado("run", *command, CI=ci)
+    (test,) = job.tests.values()
+    assert (test["status"], job.code) == (status, code), job.out
+    assert "nonesuch: no such program" in test["fail_reason"]
+
+
+@pytest.mark.parametrize(
+    ("parameter", "reason"),
+    [
+        ("nonesuch=1", "parameter nonesuch: unknown; known are qemu, accel"),
+        ("host.viommu.nonesuch=1", "host.viommu.nonesuch: unknown key"),
+        ("profile=nonesuch", "profile nonesuch: there are default and debug"),
+    ],
+)
+def test_a_parameter_that_changes_nothing_is_an_error(
+    avocado: Avocado, parameter: str, reason: str
+) -> None:
+    job = avocado("run", "-p", parameter, "examples/attacks.ioasid:intra-vm")
+    (test,) = job.tests.values()
+    assert test["status"] == "ERROR", job.out
+    assert reason in test["fail_reason"]
+
+
+# Ends
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+def running(home: dict[str, str]) -> Iterator[Start]:
+    """Starts commands that are killed at the end if they still live."""
+    started: list[Running] = []
+
+    def start(*command: str) -> Running:
+        started.append(Running(ROOT, home, "--disable-sysinfo", command=command))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.popen.kill()
+        each.popen.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_check_ends_with_avocado(running: Start, number: signal.Signals) -> None:
+    job = running("avocado", "run", "examples/attacks.ioasid:intra-vm")
+    token = job.wait_for_child(b"virtserialport", 120)
+    job.popen.send_signal(number)
+    job.nothing_left(token)
+    job.popen.wait(20)
+
+
+def test_a_timeout_ends_a_check(running: Start) -> None:
+    """A host VM that waits for ever is the rig that hangs."""
+    hangs = ("--ioasid-append", "init=/usr/bin/cat", "examples/attacks.ioasid:intra-vm")
+    job = running("avocado", "run", "--job-timeout", "20", *hangs)
+    token = job.wait_for_child(b"virtserialport", 120)
+    job.wait_for("INTERRUPTED", 60)
+    job.nothing_left(token)
+    job.popen.wait(20)
+
+
+# The matrix
+
+
+def test_every_two_values_of_the_shipped_matrix_meet(avocado: Avocado) -> None:
+    shown = avocado(*documented("variants"), "--contents").out
+    variants = [
+        dict(re.findall(r"/:(\S+) +=> (\S+)", block)) for block in shown.split("\nVariant ")[1:]
+    ]
+    values = {key: {variant[key] for variant in variants} for key in variants[0]}
+    assert values == {
+        "profile": {"default", "debug"},
+        "qemu": {"private", "10.0"},
+        "host.viommu.fsts": {"false", "true"},
+        "guest.*.viommu.pasid-bits": {"0", "20"},
+    }
+    for one, other in itertools.combinations(values, 2):
+        met = {(variant[one], variant[other]) for variant in variants}
+        assert met == set(itertools.product(values[one], values[other]))
+
+
+def matrix_of(command: list[str], folder: Path) -> list[str]:
+    """*command* with the matrix that leaves the debug kernel out."""
+    (folder / "matrix.cit").write_text(MATRIX)
+    return [
+        str(folder / "matrix.cit") if word == "examples/matrix.cit" else word for word in command
+    ]
+
+
+def test_a_variant_changes_what_runs(avocado: Avocado, tmp_path: Path) -> None:
+    command = matrix_of(documented("run", "--cit-parameter-file"), tmp_path)
+    job = avocado(*command)
+    assert job.code == 0, job.out
+    assert 4 < len(job.tests) < 16
+    for name, test in job.tests.items():
+        accelerator, qemu, fsts, bits = name.partition(";")[2].split("-")
+        host = (Path(test["logdir"]) / "report/host.qemu.txt").read_text()
+        guest = (Path(test["logdir"]) / "report/g2.qemu.txt").read_text()
+        old, on = qemu == "10.0", "on" if fsts == "true" else "off"
+        version = job.report(name)["versions"]["qemu"]["host"]
+        assert version.startswith("10.0." if old else "11.")
+        assert f",{'x-flts' if old else 'fsts'}={on}" in host
+        assert f",pasid-bits={bits}," in guest
+        assert job.report(name)["accelerator"] in (
+            ["tcg"] if accelerator == "tcg" else ["tcg", "kvm"]
+        )
+
+
+def test_a_matrix_without_variants_is_an_error(avocado: Avocado, tmp_path: Path) -> None:
+    """Avocado goes on without variants when its varianter fails."""
+    (tmp_path / "matrix.cit").write_text("PARAMETERS\n\nCONSTRAINTS\n")
+    command = ("--cit-parameter-file", str(tmp_path / "matrix.cit"))
+    job = avocado("run", *command, "examples/attacks.ioasid:intra-vm")
+    (test,) = job.tests.values()
+    assert test["status"] == "ERROR", job.out
+    assert "made no variants" in test["fail_reason"]
+
+
+# More than one machine
+
+
+@pytest.fixture
+def hosts() -> None:
+    """Skips where there can be no hosts; in CI that is an error."""
+    missing = [name for name in ("sshd", "ssh", "ip", "unshare", "setpriv") if not which(name)]
+    why = "not root" if os.getuid() else f"no {', '.join(missing)}" if missing else ""
+    if why:
+        assert not os.environ.get("CI"), f"two hosts: {why}"
+        pytest.skip(f"two hosts: {why}")
+
+
+def which(program: str) -> str | None:
+    """Where a program is, also one that only root's PATH leads to."""
+    return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+
+
+def test_one_of_two_hosts_dies(
+    hosts: None, home: dict[str, str], running: Start, tmp_path: Path
+) -> None:
+    (command,) = [line for line in DOCUMENTED if line[0] == "ci/two-hosts"]
+    assert command[1] == "results" and command[command.index("--job-results-dir") + 1] == "results"
+    results = tmp_path / "results"
+    words = [str(results) if word == "results" else word for word in matrix_of(command, tmp_path)]
+    home["PATH"] += ":/usr/sbin:/sbin"
+    job = running(*words)
+    job.wait_for("(1/5) ", 300)
+    job.wait_for("(2/5) ", 300)
+    killed = time.monotonic()
+    inside = Path(f"/proc/{job.popen.pid}/root/run/two-hosts")
+    os.kill(int((inside / "h2.pid").read_text()), signal.SIGKILL)
+    job.wait_for("the host was lost", 60)
+    assert time.monotonic() - killed < 30
+    job.output += job.popen.communicate(timeout=600)[0]
+    ended = Job(job.popen.returncode, job.output, results / "latest")
+    assert ended.code == 1, ended.out
+    status = {name: test["status"] for name, test in ended.tests.items()}
+    assert sorted(status.values()) == ["ERROR", *4 * ["PASS"]], ended.out
+    for name, test in ended.tests.items():
+        if test["status"] == "PASS":
+            # It came over the network: h1 does not see the folder.
+            assert ended.report(name)["checks"][0]["verdict"] == "pass"
+        else:
+            assert test["fail_reason"] == "on 10.77.0.12: the host was lost"
