@@ -117,8 +117,8 @@ class Terminal:
                         self._write("")
                     elif self._step and time.monotonic() - self._told >= CALM_SECONDS:
                         self._told = time.monotonic()
-                        seconds = f"{self._step}: {self._told - self._began:.0f} s so far"
-                        self._write(f"           {self._detail or seconds}\n")
+                        detail = self._detail or f"{self._told - self._began:.0f} s so far"
+                        self._write(f"           {self._step}: {detail}\n")
 
     def _living(self) -> str:
         if not (self._live and self._step):

@@ -186,7 +186,7 @@ def test_a_long_step_is_told_of_in_a_pipe(tmp_path: Path, monkeypatch: pytest.Mo
         terminal.begins("kernel")
         told("           kernel: 1 s so far\n")
         terminal.progress("compiling: 3 files")
-        told("           compiling: 3 files\n")
+        told("           kernel: compiling: 3 files\n")
 
     assert "\r" not in piped(tmp_path, act)
 
