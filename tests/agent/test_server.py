@@ -76,7 +76,7 @@ def test_a_socket_whose_other_end_dies_with_lines_unread_ends_it() -> None:
     ours, theirs = socket.socketpair()
     with theirs:
         agent = subprocess.Popen(
-            [sys.executable, "-c", GUEST], cwd=ROOT, stdin=theirs, stdout=theirs
+            [sys.executable, "-c", GUEST], cwd=ROOT, stdin=theirs.fileno(), stdout=theirs.fileno()
         )
     with ours:
         # "ready" is there, and left there.
