@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import socket
 import subprocess
 import sys
 
@@ -69,6 +70,22 @@ def test_end_of_input_ends_it_with_a_request_in_progress() -> None:
         agent.send("wait")
         agent.ok("swallow")
         assert agent.hang_up() == 0
+
+
+def test_a_socket_whose_other_end_dies_with_lines_unread_ends_it() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        agent = subprocess.Popen(
+            [sys.executable, "-c", GUEST], cwd=ROOT, stdin=theirs.fileno(), stdout=theirs.fileno()
+        )
+    with ours:
+        # "ready" is there, and left there.
+        assert ours.recv(1, socket.MSG_PEEK)
+    try:
+        assert agent.wait(SECONDS) == 0
+    finally:
+        agent.kill()
+        agent.wait()
 
 
 def test_requests_run_at_the_same_time() -> None:
