@@ -24,7 +24,7 @@ from avocado.core.nrunner.runnable import Runnable
 from avocado.core.nrunner.runner import BaseRunner
 from avocado.core.utils import messages
 
-from qemu_ioasid import image, kernel, process, session
+from qemu_ioasid import image, kernel, process, session, text
 from qemu_ioasid.avocado import settings
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import RigError
@@ -84,11 +84,12 @@ class Runner(BaseRunner):
             told.lines.append(told.reason)
             result = "pass"
         for line in told.lines:
-            yield messages.LogMessage.get(line)
+            # What a VM said is in there.
+            yield messages.LogMessage.get(text.visible(line))
         if told.made_with:
             yield messages.WhiteboardMessage.get(json.dumps(told.made_with, indent=2))
         yield from told.files
-        yield messages.FinishedMessage.get(result, fail_reason=told.reason or None)
+        yield messages.FinishedMessage.get(result, fail_reason=text.visible(told.reason) or None)
 
 
 class CheckRunner(Runner):
