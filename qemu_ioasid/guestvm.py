@@ -122,6 +122,8 @@ def _dial(host: Machine, name: str, sockets: dict[str, str]) -> Dial:
 class GuestMachine(Machine):
     """A guest that runs; *sockets* are the paths of its ports on the host side."""
 
+    nested = True
+
     def __init__(
         self,
         host: Machine,

@@ -58,6 +58,9 @@ class Machine:
     *dial* gives a connected socket for ``qmp``, a `ssh.Stream` for ``ssh``.
     """
 
+    #: Whether its QEMU runs inside the host VM.
+    nested = False
+
     def __init__(self, name: str, console: Console, agent: Agent, dial: Dial, logs: Path) -> None:
         self.name = name
         self.console = console
@@ -66,7 +69,9 @@ class Machine:
         self._dial = dial
         self._logs = logs
         self._lock = threading.RLock()
+        # Those that end inside the VM, and the monitor of a QEMU that is outside of all.
         self._links = contextlib.ExitStack()
+        self._outside = contextlib.ExitStack()
         self._qmp: Qmp | None = None
         self._ssh: Ssh | None = None
 
@@ -80,7 +85,8 @@ class Machine:
                     sock = stack.enter_context(self._dial("qmp", deadline))
                     log = self._logs / f"{self.name}.qmp.log"
                     self._qmp = stack.enter_context(qmp.connect(sock, self.name, log, deadline))
-                    self._links.push(stack.pop_all())
+                    links = self._links if self.nested else self._outside
+                    links.push(stack.pop_all())
             return self._qmp
 
     @property
@@ -112,23 +118,27 @@ class Machine:
             return self._ssh
 
     def disconnect(self) -> None:
-        """End QMP and SSH at both ends; the next use connects anew where the ports allow it."""
+        """End what a host VM that is saved would believe in; the next use connects anew.
+
+        SSH to the host VM itself does not come back: its port was born connected.
+        """
         with self._lock:
             served = self._ssh is not None
-            self._close()
+            self._ssh = None
+            if self.nested:
+                self._qmp = None
+            self._links.close()
             if served:
                 self.agent.call("ssh_stop")
-
-    def _close(self) -> None:
-        self._qmp = self._ssh = None
-        self._links.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         with self._lock:
-            self._close()
+            self._qmp = self._ssh = None
+            with self._outside, self._links:
+                pass
 
 
 #: A QEMU's exit code (None while it runs) and what it wrote to standard error.
