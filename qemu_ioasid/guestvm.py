@@ -138,6 +138,11 @@ class GuestMachine(Machine):
         self.sockets = sockets
 
 
+def log_argv(logs: Path, name: str, words: list[str]) -> None:
+    """Keep the guest's command line in the report's folder."""
+    (logs / f"{name}.qemu.txt").write_text(shlex.join(words) + "\n")
+
+
 @contextlib.contextmanager
 def boot(
     host: Machine,
@@ -155,7 +160,7 @@ def boot(
     """
     words = argv(name, config, place, mdevs)
     deadline = Deadline(BOOT_SECONDS, f"first reply of {name}'s agent")
-    (logs / f"{name}.qemu.txt").write_text(shlex.join(words) + "\n")
+    log_argv(logs, name, words)
     with contextlib.ExitStack() as stack:
         started = host.agent.call(
             "guest_start",

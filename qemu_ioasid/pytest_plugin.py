@@ -53,7 +53,6 @@ REQUIRES_MARKER = (
 _POOL = pytest.StashKey[Pool]()
 _VARIANTS = pytest.StashKey[list[Variant]]()
 _USED = pytest.StashKey[list[tuple[Used, dict[str, int]]]]()
-_LEFT = pytest.StashKey[list[str]]()
 _FOLDER = pytest.StashKey[Path]()
 
 
@@ -226,10 +225,7 @@ def shared_rig(request: pytest.FixtureRequest, ioasid_variant: Variant | None) -
         if any(console.broken.is_set() for console in used.rig.consoles):
             pool.discard()
             return
-        # A test that passed was judged and reset in one.
-        left = request.node.stash.get(_LEFT, None)
-        if left is None:
-            left = used.rig.reset()
+        left = used.rig.reset()
     except BaseException:
         pool.discard()
         raise
@@ -286,9 +282,7 @@ def _judge(item: pytest.Item, *, final: bool) -> None:
         try:
             # A rig that is broken otherwise may not answer: that failure is there already.
             with contextlib.nullcontext() if final else contextlib.suppress(InfrastructureError):
-                if final and _pool(item.config).keeps(used):
-                    item.stash[_LEFT] = used.rig.reset()
-                elif not used.rig.host.agent.lost:
+                if not used.rig.host.agent.lost:
                     used.rig.settle()
             used.rig.check_consoles(seen)
         except KernelBroke as error:

@@ -376,7 +376,10 @@ def restore(
             memory.receive(host.qmp, deadline)
             hostvm.wake({"host": host.agent, **host.guest_agents}, deadline)
             host.hello, rig.mdevs = known["hello"], dict(known["mdevs"])
+            place = Place(parts.guest_viommu)
             for name, told in known["guests"].items():
+                words = guestvm.argv(name, config.guests[name], place, rig.mdevs)
+                guestvm.log_argv(logs, name, words)
                 machine = stack.enter_context(
                     GuestMachine(
                         host,
@@ -385,7 +388,7 @@ def restore(
                         host.guest_agents[name],
                         told["sockets"],
                         logs,
-                        Place(parts.guest_viommu),
+                        place,
                     )
                 )
                 machine.hello = told["hello"]

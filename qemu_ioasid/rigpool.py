@@ -99,10 +99,6 @@ class Pool:
         assert self._shared is not None
         return self._shared
 
-    def keeps(self, used: Used) -> bool:
-        """Whether this is the rig that is kept."""
-        return used is self._shared
-
     def discard(self) -> None:
         """End the kept rig: the next one is another. Its consoles were judged by its users."""
         self._shared = None

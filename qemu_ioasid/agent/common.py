@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from qemu_ioasid.agent import wake
 from qemu_ioasid.agent.kernellog import KMSG, KernelLog
 from qemu_ioasid.agent.sshserver import SshServer
@@ -19,14 +21,20 @@ class Common:
         self._ssh = SshServer()
         self._log = KernelLog()
         self.operations: Mapping[str, Callable[..., Any]] = {
-            name: getattr(self, name) for name in ("wake", "mark", "news", "ssh_start", "ssh_stop")
+            name: getattr(self, name)
+            for name in ("wake", "clock", "mark", "news", "ssh_start", "ssh_stop")
         }
 
-    def wake(self, now: int, entropy: str) -> None:
+    def wake(self, now: int, entropy: str) -> dict[str, int]:
         """The VM was restored: no SSH connection of before is one, the time and chance are new."""
         self._ssh.stop()
-        wake.set_clock(now)
         wake.reseed(bytes.fromhex(entropy))
+        wake.set_clock(now)
+        return {"now": time.time_ns()}
+
+    def clock(self, by: int) -> None:
+        """Sets the clock forward by nanoseconds: what the message that set it was late."""
+        wake.set_clock(time.time_ns() + by)
 
     def mark(self, text: str) -> None:
         """A line on the console, after everything the kernel has said so far."""

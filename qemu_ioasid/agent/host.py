@@ -253,10 +253,10 @@ class Host:
             if guest.running:
                 guest.thaw()
 
-    def wake(self, now: int, entropy: str) -> None:
+    def wake(self, now: int, entropy: str) -> Json:
         """The VM was restored: its guests go on, in the present."""
-        self._common.wake(now, entropy)
         self.thaw()
+        return self._common.wake(now, entropy)
 
     def guest_forget(self, name: str) -> None:
         """Frees a dead guest's memory and its name."""

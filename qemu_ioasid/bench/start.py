@@ -125,8 +125,9 @@ def _fixtures(rigs: Rigs) -> Values:
 
 def _between(running: Rig) -> None:
     """What shared_rig does for one test that did nothing."""
-    running.reset()
+    running.settle()
     running.check_consoles()
+    running.reset()
 
 
 def _round_trips(rigs: Rigs) -> Values:
