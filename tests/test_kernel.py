@@ -17,7 +17,7 @@ import pytest
 from qemu_ioasid import cache, kernel
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, ProcessFailed, RequirementError
-from qemu_ioasid.kernel import make, options, source
+from qemu_ioasid.kernel import edited, make, options, source, tree
 
 _MAKEFILE = """\
 .RECIPEPREFIX = >
@@ -294,3 +294,54 @@ def test_the_real_kernel(built_kernel: kernel.Kernel) -> None:
     again = kernel.build(kernel.Spec(), deadline=Deadline(60, "kernel"), progress=print)
     assert again.cached
     assert time.monotonic() - started < 1
+
+
+def _edit_folder(tmp_path: Path) -> Path:
+    """A folder as ``ci/series edit`` leaves them."""
+    folder = tmp_path / "pdma"
+    (folder / "drivers").mkdir(parents=True)
+    (folder / "drivers/one.c").write_text("one\n")
+    (folder / "drivers/two.c").write_text("two\n")
+    script = (
+        "git init -q && git config qemu-ioasid.kernel 7.2 && git config user.name x && "
+        "git config user.email x@localhost && git add -A && git commit -qm base && git tag base"
+    )
+    subprocess.run(["sh", "-c", script], cwd=folder, check=True)
+    return folder
+
+
+def test_a_folder_of_series_edit_counts_as_it_stands(tmp_path: Path) -> None:
+    folder = _edit_folder(tmp_path)
+    assert edited.is_one(folder) and not edited.is_one(kernel.Spec().series)
+    (folder / "drivers/one.c").write_text("committed\n")
+    subprocess.run(["git", "commit", "-qam", "one"], cwd=folder, check=True)
+    (folder / "drivers/two.c").write_text("edited\n")
+    (folder / "drivers/new.c").write_text("new\n")
+    deadline = Deadline(30, "git")
+    version, patch = edited.read(folder, deadline)
+    assert version == "7.2"
+    status = subprocess.run(
+        ["git", "status", "--short"], cwd=folder, capture_output=True, text=True
+    ).stdout
+    assert status == " M drivers/two.c\n?? drivers/new.c\n"
+    tree.Tree(_pristine(tmp_path)).apply([patch], deadline)
+    made = tmp_path / "tree/src/drivers"
+    assert {path.name: path.read_text() for path in made.iterdir()} == {
+        "one.c": "committed\n",
+        "two.c": "edited\n",
+        "new.c": "new\n",
+    }
+
+
+def _pristine(tmp_path: Path) -> Path:
+    src = tmp_path / "tree/src/drivers"
+    src.mkdir(parents=True)
+    (src / "one.c").write_text("one\n")
+    (src / "two.c").write_text("two\n")
+    return tmp_path / "tree"
+
+
+def test_another_git_folder_is_no_series(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    with pytest.raises(ConfigurationError, match="neither a series of patches nor a folder"):
+        edited.read(tmp_path, Deadline(30, "git"))

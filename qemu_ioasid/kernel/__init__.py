@@ -23,7 +23,7 @@ from typing import Any
 from qemu_ioasid import cache, erofs
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError
-from qemu_ioasid.kernel import make, options, source, tree
+from qemu_ioasid.kernel import edited, make, options, source, tree
 
 PATCHES = Path(__file__).resolve().parents[2] / "kernel-patches"
 #: Changes with the way a kernel is made of the same inputs.
@@ -35,7 +35,10 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Spec:
-    """Which kernel. *series* is a folder named after its base version, ``7.2`` for example."""
+    """Which kernel. *series* is a folder named after its base version, ``7.2`` for example.
+
+    Or one that ``ci/series edit`` made: then what stands in it counts, committed or not.
+    """
 
     #: ``default``, or ``debug`` (lockdep, KASAN; slow).
     profile: str = "default"
@@ -111,12 +114,8 @@ def build(spec: Spec, *, deadline: Deadline, progress: Progress) -> Kernel:
     """
     if spec.profile not in ("default", _DEBUG):
         raise ConfigurationError(f"kernel profile {spec.profile}: there are default and {_DEBUG}")
-    base = spec.series.name
-    if re.fullmatch(r"\d+\.\d+", base) is None:
-        raise ConfigurationError(
-            f"{spec.series}: a series folder is named after its kernel, 7.2 for example"
-        )
-    recipe = _Recipe(spec, make.compiler(deadline))
+    recipe = _Recipe(spec, make.compiler(deadline), deadline)
+    base = recipe.base
     known = None if spec.update else source.remembered(base)
     if known is not None:
         return recipe.get(known, deadline, progress)
@@ -151,10 +150,19 @@ def _load(folder: Path, was_there: bool) -> Kernel:
 class _Recipe:
     """All inputs but the source, read once: what is hashed is what is built."""
 
-    def __init__(self, spec: Spec, compiler: str) -> None:
+    def __init__(self, spec: Spec, compiler: str, deadline: Deadline) -> None:
         self.spec = spec
         self.compiler = compiler
-        self.patches = tree.read_series(spec.series)
+        if edited.is_one(spec.series):
+            self.base, patch = edited.read(spec.series, deadline)
+            self.patches = [patch]
+        else:
+            self.base = spec.series.name
+            if re.fullmatch(r"\d+\.\d+", self.base) is None:
+                raise ConfigurationError(
+                    f"{spec.series}: a series folder is named after its kernel, 7.2 for example"
+                )
+            self.patches = tree.read_series(spec.series)
         self.series_hash = cache.digest(*[patch.read_bytes() for patch in self.patches])
         found = sorted(spec.fragments.glob("*.config"))
         self.fragments = [path for path in found if path.stem != _DEBUG or spec.profile == _DEBUG]
@@ -172,7 +180,7 @@ class _Recipe:
             deadline=deadline,
             on_wait=lambda: progress("waiting for another build of the same kernel"),
         )
-        source.remember(self.spec.series.name, fetched)
+        source.remember(self.base, fetched)
         return _load(path, was_there)
 
     def _build(
