@@ -22,6 +22,8 @@ from typing import Any
 from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.errors import AgentError, CallFailed, ConnectionLost, DeadlineExceeded
 
+#: How an agent's first line begins.
+_BEGIN = '{"event": "ready"'
 #: What an operation may take that says nothing else, in seconds of the reference machine.
 CALL_SECONDS = 45.0
 
@@ -124,13 +126,28 @@ class Agent:
         if self._lost:
             raise ConnectionLost(f"{self.name}: the agent did not start")
 
+    def renew(self) -> None:
+        """Expect another agent on the same channel: its VM has ended, and is to be booted again."""
+        with self._lock:
+            self._lost = False
+            self._ready.clear()
+
     def _write_log(self, direction: str, line: str) -> None:
         with self._log_lock, open(self._log, "a") as file:
             file.write(f"{time.time():.3f} {direction} {line}\n")
 
     def _take(self, line: str) -> None:
         self._write_log("<", line)
-        message = json.loads(line)
+        try:
+            message = json.loads(line)
+        except ValueError:
+            if self._ready.is_set() and not self._lost:
+                raise
+            # An agent that was killed left it half said, and the next one begins behind that.
+            _, begin, rest = line.rpartition(_BEGIN)
+            if not begin:
+                return
+            message = json.loads(begin + rest)
         if "event" in message:
             if message["event"] == "ready":
                 self._ready.set()

@@ -18,6 +18,7 @@ from qemu_ioasid.errors import (
     ConnectionLost,
     InfrastructureError,
     KernelBroke,
+    RigError,
 )
 from qemu_ioasid.machine import COMMAND_LINE, Dial, Ending, Machine, blamed, common_argv, disk_argv
 
@@ -156,12 +157,13 @@ def boot(
 ) -> Iterator[GuestMachine]:
     """Boot guest *name* to its agent's first reply; it ends with the host side.
 
-    Raises BootError, InfrastructureError.
+    Raises BootError, InfrastructureError; the host VM then has no such guest.
     """
     words = argv(name, config, place, mdevs)
     deadline = Deadline(BOOT_SECONDS, f"first reply of {name}'s agent")
     log_argv(logs, name, words)
-    with contextlib.ExitStack() as stack:
+    agent.renew()
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as undo:
         started = host.agent.call(
             "guest_start",
             deadline=deadline,
@@ -173,12 +175,20 @@ def boot(
             sockets=list(place.sockets),
             inherit=place.inherited(name),
         )
+        undo.callback(_give_up, host, name, logs)
         machine = GuestMachine(host, name, console, agent, started["sockets"], logs, place)
         stack.enter_context(machine)
         with blamed(name, console, lambda: _ending(host, name)):
             agent.wait_ready(deadline)
             machine.hello = agent.call("hello", deadline=deadline)
+        undo.pop_all()
         yield machine
+
+
+def _give_up(host: Machine, name: str, logs: Path) -> None:
+    # The failure that led here is the one to tell.
+    with contextlib.suppress(RigError):
+        stop(host, name, logs)
 
 
 def _ending(host: Machine, name: str) -> Ending:

@@ -128,6 +128,8 @@ class HostMachine(Machine):
         @contextlib.contextmanager
         def dial(port: str, deadline: Deadline) -> Iterator[socket.socket]:
             # Born connected, and never again: one connection of each is a life.
+            if ends.ours[port].fileno() < 0:
+                raise ConnectionLost(f"{self.name}: the one connection to its port {port} was used")
             yield ends.ours[port]
 
         super().__init__("host", console, agent, dial, logs)

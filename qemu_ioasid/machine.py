@@ -117,6 +117,15 @@ class Machine:
                     self._links.push(stack.pop_all())
             return self._ssh
 
+    def stopped(self, deadline: Deadline) -> bool:
+        """Whether somebody stopped it over its monitor, or a debugger did.
+
+        Without a monitor connected nobody did. Raises as `Qmp.execute`.
+        """
+        # Not behind somebody who is connecting it.
+        monitor = self._qmp
+        return monitor is not None and not monitor.execute("query-status", deadline)["running"]
+
     def disconnect(self) -> None:
         """End what a host VM that is saved would believe in; the next use connects anew.
 
@@ -128,7 +137,7 @@ class Machine:
             if self.nested:
                 self._qmp = None
             self._links.close()
-            if served:
+            if served and not self.agent.lost:
                 self.agent.call("ssh_stop")
 
     def __enter__(self) -> Self:

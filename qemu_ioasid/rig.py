@@ -17,7 +17,13 @@ from qemu_ioasid.client import Agent
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.console import Console, classify
 from qemu_ioasid.deadline import Deadline, calibration
-from qemu_ioasid.errors import ConfigurationError, ConnectionLost, RequirementError
+from qemu_ioasid.errors import (
+    AgentError,
+    ConfigurationError,
+    ConnectionLost,
+    RequirementError,
+    RigError,
+)
 from qemu_ioasid.guestvm import GuestMachine, Place
 from qemu_ioasid.hostvm import HostMachine, HostParts
 from qemu_ioasid.registrar import Registrar
@@ -37,6 +43,7 @@ FEATURES = {
 RESTORE_SECONDS = 30.0
 SAVE_SECONDS = 60.0
 SETTLE_SECONDS = 20.0
+END_SECONDS = 10.0
 #: How long after a connection ended a console may still bring the reason.
 LAST_WORDS_SECONDS = 1.5
 
@@ -230,6 +237,7 @@ class Rig:
                 "arena": guest.arena,
             }
             for name, guest in self.guests.items()
+            if not guest.agent.lost
         }
         return {"hello": self.host.hello, "mdevs": self.mdevs, "guests": guests}
 
@@ -270,19 +278,20 @@ class Rig:
             finally:
                 self.host.qmp.execute("cont", deadline)
 
-    def dismantle(self) -> None:
+    def dismantle(self, seen: Mapping[str, int] | None = None) -> None:
         """Stop the guests and remove the mdevs: what a host does at its end, and may break at.
 
-        Raises KernelBroke when the kernel does not let go of them.
+        Raises KernelBroke when the kernel does not let go of them, or has reported
+        anything that is not among the *seen* (`check_consoles`).
         """
-        for name in self.guests:
+        for name in list(self.guests):
             guestvm.stop(self.host, name, self.logs)
-        self.guests.clear()
-        for name in self.mdevs:
+            del self.guests[name]
+        for name in list(self.mdevs):
             self.host.agent.call("mdev_remove", name=name)
-        self.mdevs.clear()
+            del self.mdevs[name]
         self.settle()
-        self.check_consoles()
+        self.check_consoles(seen)
 
 
 def check_accelerator(config: RigConfig, accelerator: str) -> None:
@@ -321,13 +330,17 @@ def boot(
     with contextlib.ExitStack() as stack:
         with phase("boot the host VM"):
             host = stack.enter_context(hostvm.boot(parts, config.host, config.guests, memory, logs))
-        uuids = {name: str(uuid.uuid4()) for name in config.mdevs}
         place = Place(parts.guest_viommu)
-        rig = stack.enter_context(furnished(config, host, place, uuids, phase, logs))
+        rig = stack.enter_context(furnished(config, host, place, fresh(config), phase, logs))
         # A guest's hardware clock is as old as its QEMU, and drifts while that is busy.
         deadline = Deadline(SETTLE_SECONDS, "answer of the agents to the time")
         hostvm.wake({"host": host.agent, **host.guest_agents}, deadline)
         yield rig
+
+
+def fresh(config: RigConfig) -> dict[str, str]:
+    """New uuids for the mdevs of *config*."""
+    return {name: str(uuid.uuid4()) for name in config.mdevs}
 
 
 @contextlib.contextmanager
@@ -347,17 +360,28 @@ def furnished(
         rig = Rig(config, host, logs)
         stack.enter_context(_console_verdict(rig))
         _check_features(host)
+        stack.enter_context(assembled(rig, place, uuids, phase))
+        yield rig
+
+
+@contextlib.contextmanager
+def assembled(rig: Rig, place: Place, uuids: Mapping[str, str], phase: Phase) -> Iterator[None]:
+    """Make the mdevs of *rig*, by *uuids*, and boot its guests at *place*: its host has neither.
+
+    They end with `Rig.dismantle`, or with the host. Raises as `boot`; no guest is left then.
+    """
+    with contextlib.ExitStack() as stack:
         with phase("create the mdevs"):
-            for name in config.mdevs:
-                host.agent.call("mdev_create", name=name, uuid=uuids[name])
-                rig.mdevs[name] = uuids[name]
-        if config.guests:
-            with phase(f"boot {len(config.guests)} guests in it"):
+            for name, given in uuids.items():
+                rig.host.agent.call("mdev_create", name=name, uuid=given)
+                rig.mdevs[name] = given
+        if rig.config.guests:
+            with phase(f"boot {len(rig.config.guests)} guests in it"):
                 machines = stack.enter_context(_all_guests(rig, place))
             with phase("open the devices in the guests"):
                 for name, machine in machines.items():
-                    rig.guests[name] = Guest(machine, config.guests[name].mdevs)
-        yield rig
+                    rig.guests[name] = Guest(machine, rig.config.guests[name].mdevs)
+        yield
 
 
 @contextlib.contextmanager
@@ -374,7 +398,11 @@ def restore(
             rig = Rig(config, host, logs)
             stack.enter_context(_console_verdict(rig))
             memory.receive(host.qmp, deadline)
-            hostvm.wake({"host": host.agent, **host.guest_agents}, deadline)
+            for name in config.guests.keys() - known["guests"].keys():
+                # It had ended before the rig was saved.
+                host.guest_agents[name].lose()
+            alive = {name: host.guest_agents[name] for name in known["guests"]}
+            hostvm.wake({"host": host.agent, **alive}, deadline)
             host.hello, rig.mdevs = known["hello"], dict(known["mdevs"])
             place = Place(parts.guest_viommu)
             for name, told in known["guests"].items():
@@ -439,8 +467,21 @@ def _all_guests(rig: Rig, place: Place) -> Iterator[dict[str, GuestMachine]]:
                 futures[name] = pool.submit(enter, name, own)
             machines = {name: future.result() for name, future in futures.items()}
         except BaseException:
-            # Nobody waits for the other guests' deadlines: without the host VM they end now.
-            rig.host.kill()
+            # Nobody waits for the other guests' deadlines: they end now.
+            _end_guests(rig)
             pool.shutdown()
             raise
         yield machines
+
+
+def _end_guests(rig: Rig) -> None:
+    """Have the host VM stop and forget every guest; when it does not answer it ends, too."""
+    deadline = Deadline(END_SECONDS, "end of the guests")
+    try:
+        for op in ("guest_stop", "guest_forget"):
+            for pending in [rig.host.agent.start(op, name=name) for name in rig.config.guests]:
+                # It was never started, or is forgotten already.
+                with contextlib.suppress(AgentError):
+                    pending.result(deadline)
+    except RigError:
+        rig.host.kill()
