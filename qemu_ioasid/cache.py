@@ -8,9 +8,11 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +28,9 @@ _NO_PLACE = (
     errno.EACCES,
 )
 
+
+#: How long a scratch folder may be without a lock before its maker is taken for gone.
+_IDLE_SECONDS = 3600
 
 _ADVICE = "make room, or set QEMU_IOASID_CACHE to another folder"
 
@@ -120,10 +125,37 @@ def scratch(kind: str) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         path = Path(tempfile.mkdtemp(prefix=f".{current_run().token}-", dir=parent))
     current_run().dies_with_us(path)
+    # Tells `sweep` that somebody is at work in it.
+    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        fcntl.flock(held, fcntl.LOCK_EX)
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        os.close(held)
+
+
+def sweep() -> list[Path]:
+    """Remove the scratch folders whose makers are gone; returns them.
+
+    Only a machine that went down leaves any that the sweeping of run folders
+    does not find.
+    """
+    swept = []
+    for path in root().glob("*/.*-*"):
+        if re.fullmatch(r"\.[0-9a-f]{12}-\w{8}", path.name) is None:
+            continue
+        with contextlib.suppress(OSError):
+            held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                # One that is being made is not locked yet.
+                if time.time() - os.fstat(held).st_mtime > _IDLE_SECONDS:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
+                    swept.append(path)
+            finally:
+                os.close(held)
+    return swept
 
 
 def get_or_build(

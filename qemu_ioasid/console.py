@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +72,8 @@ class Console:
         self._lines: list[str] = []
         self._reports: list[Report] = []
         self._lock = threading.Lock()
+        self._grown = threading.Condition(self._lock)
+        self._size = path.stat().st_size if path.exists() else 0
         self._ended = threading.Event()
         self.broken = threading.Event()
         self._awaited: dict[str, threading.Event] = {}
@@ -96,13 +98,18 @@ class Console:
                     # A full disk must not stop the reading: the VM would block on its console.
                     with contextlib.suppress(OSError):
                         file.write(data)
+                        with self._grown:
+                            self._size += len(data)
+                            self._grown.notify_all()
                     *lines, rest = (rest + data).split(b"\n")
                     for line in lines:
                         self._take(line.decode(errors="replace"))
         finally:
             if rest:
                 self._take(rest.decode(errors="replace"))
-            self._ended.set()
+            with self._grown:
+                self._ended.set()
+                self._grown.notify_all()
 
     @staticmethod
     def _receive(stream: socket.socket) -> bytes:
@@ -121,6 +128,29 @@ class Console:
         finally:
             with self._lock:
                 del self._awaited[text]
+
+    def follow(self, stopped: Callable[[], bool]) -> Iterator[bytes]:
+        """All there is on the console, then what arrives, as it was said; to the VM's end.
+
+        Ends before that when *stopped* says so, which is asked whenever `wake` was called.
+        """
+        with open(self.path, "rb") as file:
+            while True:
+                while data := file.read(65536):
+                    yield data
+                with self._grown:
+                    if stopped():
+                        return
+                    if file.tell() < self._size:
+                        continue
+                    if self._ended.is_set():
+                        return
+                    self._grown.wait()
+
+    def wake(self) -> None:
+        """Have those who `follow` ask whether to stop."""
+        with self._grown:
+            self._grown.notify_all()
 
     @property
     def reports(self) -> list[Report]:

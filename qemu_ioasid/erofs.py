@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A folder as a read-only disk: the same files give the same bytes."""
+"""A folder as a read-only disk, and back: the same files give the same bytes."""
 
 from __future__ import annotations
 
@@ -22,3 +22,14 @@ def pack(folder: Path, disk: Path, *, deadline: Deadline) -> None:
         raise RequirementError("mkfs.erofs is missing: install erofs-utils")
     options = ["-T0", "-U", _UUID, "--all-root", "--quiet"]
     process.run(["mkfs.erofs", *options, str(disk), str(folder)], deadline=deadline)
+
+
+def unpack(disk: Path, folder: Path, *, deadline: Deadline) -> None:
+    """Put what is in the erofs *disk* into the new *folder*, as our own files.
+
+    Raises RequirementError without fsck.erofs, ProcessFailed for a damaged disk.
+    """
+    if shutil.which("fsck.erofs") is None:
+        raise RequirementError("fsck.erofs is missing: install erofs-utils")
+    argv = ["fsck.erofs", f"--extract={folder}", "--no-preserve", str(disk)]
+    process.run(argv, deadline=deadline)

@@ -143,6 +143,11 @@ def private_qemu(
     """
     image = PRIVATE_QEMUS[name]
     root = build(image, deadline=deadline, progress=progress, recipes=recipes).root
+    return qemu_in(root, deadline)
+
+
+def qemu_in(root: Path, deadline: Deadline) -> Qemu:
+    """The QEMU in *root*, an image's folder. Raises ProcessFailed when it does not start."""
     share = root / "usr/share"
     argv = (
         *in_root(root, "usr/bin/qemu-system-x86_64"),
@@ -153,7 +158,7 @@ def private_qemu(
     said = process.run([*argv, "--version"], env=env, deadline=deadline)
     match = re.search(r"version (\d+(?:\.\d+)+)", said)
     if match is None:
-        raise InfrastructureError(f"the {image} image's QEMU tells no version", evidence=said)
+        raise InfrastructureError(f"the QEMU in {root} tells no version", evidence=said)
     return Qemu(argv, env, match.group(1))
 
 

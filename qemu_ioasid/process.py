@@ -26,14 +26,17 @@ from qemu_ioasid.errors import DeadlineExceeded, ProcessFailed, RequirementError
 TAIL = 40
 
 
-def _base() -> Path:
-    """The folder of all run folders: ours alone, and short (a unix socket's path ends at 107)."""
+def run_folders() -> Path:
+    """The folder of all run folders, which need not be there."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    base = (
-        Path(runtime) / "qemu_ioasid"
-        if runtime and os.path.isdir(runtime)
-        else Path(f"/tmp/qemu_ioasid-{os.getuid()}")
-    )
+    if runtime and os.path.isdir(runtime):
+        return Path(runtime) / "qemu_ioasid"
+    return Path(f"/tmp/qemu_ioasid-{os.getuid()}")
+
+
+def _base() -> Path:
+    """As `run_folders`, made: ours alone, and short (a unix socket's path ends at 107)."""
+    base = run_folders()
     try:
         base.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
@@ -58,6 +61,16 @@ def _held_base() -> tuple[Path, int]:
         with contextlib.suppress(FileNotFoundError):
             base = _base()
             return base, reaper.hold(str(base))
+
+
+def sweep() -> list[str]:
+    """Sweep the run folders that nobody holds (`reaper`); returns their names."""
+    base, holding = _held_base()
+    try:
+        return reaper.sweep_abandoned(str(base))
+    finally:
+        os.close(holding)
+        reaper.remove_if_last(str(base))
 
 
 class Run:
@@ -217,6 +230,26 @@ def spawn(
         yield child
     finally:
         child.end(grace)
+
+
+def detach(argv: Sequence[str], *, pass_fds: Sequence[int], log: int) -> int:
+    """Start *argv* to outlive us, in a session of its own, and not as a part of our run.
+
+    Its output goes to *log*. Returns its pid.
+    """
+    env = {name: value for name, value in os.environ.items() if name != reaper.TOKEN}
+    popen = subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        pass_fds=pass_fds,
+        env=env,
+        start_new_session=True,
+    )
+    # Nobody here waits for it: without this, Python complains.
+    popen.returncode = 0
+    return popen.pid
 
 
 def run(

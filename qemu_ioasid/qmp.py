@@ -10,7 +10,7 @@ import functools
 import json
 import socket
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,8 +39,16 @@ def _wait(coroutine: Coroutine[Any, Any, T], deadline: Deadline) -> T:
         future.cancel()
 
 
+#: Told of each event.
+OnEvent = Callable[[dict[str, Any]], None]
+
+
 class CommandFailed(InfrastructureError):
-    """QEMU answered a QMP command with an error."""
+    """QEMU answered a QMP command with an error; *reason* are its own words."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
 
 
 class Qmp:
@@ -50,8 +58,31 @@ class Qmp:
         self._client = client
         self._name = name
         self._log = log
+        self._on_event: set[OnEvent] = set()
 
-    def execute(self, command: str, deadline: Deadline, **arguments: Any) -> Any:
+    @property
+    def greeting(self) -> dict[str, Any]:
+        """What QEMU said first: its version, its capabilities."""
+        assert self._client.greeting is not None
+        return dict(self._client.greeting._asdict())
+
+    @contextlib.contextmanager
+    def events(self, told: OnEvent) -> Iterator[None]:
+        """Have *told* called with each event; it must not wait."""
+        self._on_event.add(told)
+        try:
+            yield
+        finally:
+            self._on_event.discard(told)
+
+    async def _take_events(self) -> None:
+        async for event in self._client.events:
+            with open(self._log, "a") as file:
+                file.write(json.dumps(dict(event)) + "\n")
+            for told in list(self._on_event):
+                told(dict(event))
+
+    def execute(self, command: str, deadline: Deadline, /, **arguments: Any) -> Any:
         """Run *command* and return its value.
 
         Raises CommandFailed with QEMU's own words, ConnectionLost when QEMU is
@@ -63,7 +94,7 @@ class Qmp:
             record["return"] = value
         except ExecuteError as error:
             record["error"] = str(error)
-            raise CommandFailed(f"{self._name}: QMP {command}: {error}") from None
+            raise CommandFailed(f"{self._name}: QMP {command}: {error}", str(error)) from None
         except QMPError as error:
             record["error"] = str(error)
             raise ConnectionLost(f"{self._name}: QMP {command}: {error}") from None
@@ -121,12 +152,6 @@ async def _migrated(client: QMPClient, events: EventListener) -> str:
             task.cancel()
 
 
-async def _log_events(client: QMPClient, log: Path) -> None:
-    async for event in client.events:
-        with open(log, "a") as file:
-            file.write(json.dumps(dict(event)) + "\n")
-
-
 @contextlib.contextmanager
 def connect(sock: socket.socket, name: str, log: Path, deadline: Deadline) -> Iterator[Qmp]:
     """Negotiate on a connected socket, which it takes over; disconnects at the end.
@@ -138,9 +163,10 @@ def connect(sock: socket.socket, name: str, log: Path, deadline: Deadline) -> It
         _wait(client.connect(sock), deadline)
     except QMPError as error:
         raise ConnectionLost(f"{name}: no QMP greeting: {error}") from None
-    events = asyncio.run_coroutine_threadsafe(_log_events(client, log), _loop())
+    monitor = Qmp(client, name, log)
+    events = asyncio.run_coroutine_threadsafe(monitor._take_events(), _loop())
     try:
-        yield Qmp(client, name, log)
+        yield monitor
     finally:
         events.cancel()
         # A monitor whose QEMU is gone already has nothing to say goodbye to.

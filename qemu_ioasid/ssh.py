@@ -74,6 +74,15 @@ def generate() -> KeyPair:
     )
 
 
+@dataclass(frozen=True)
+class Terminal:
+    """What a program in the VM is told of the terminal that it writes to; *kind* is ``TERM``."""
+
+    kind: str
+    columns: int
+    rows: int
+
+
 class Ssh:
     """A logged-in connection; channels are opened on it."""
 
@@ -81,12 +90,27 @@ class Ssh:
         self._transport = transport
         self._name = name
 
-    def run(self, command: str, deadline: Deadline) -> paramiko.Channel:
-        """Start *command* in the VM; the channel is its standard input and output."""
+    @property
+    def alive(self) -> bool:
+        """Whether the connection stands, as far as is known."""
+        return self._transport.is_active()
+
+    def run(
+        self, command: str, deadline: Deadline, terminal: Terminal | None = None
+    ) -> paramiko.Channel:
+        """Start *command* in the VM; the channel is its standard input and output.
+
+        On a *terminal* of its own where one is given; "" is then the login shell.
+        """
         try:
             channel = self._transport.open_session(timeout=deadline.remaining())
             with bounded(channel, deadline):
-                channel.exec_command(command)
+                if terminal is not None:
+                    channel.get_pty(terminal.kind, terminal.columns, terminal.rows)
+                if command:
+                    channel.exec_command(command)
+                else:
+                    channel.invoke_shell()
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise ConnectionLost(f"{self._name}: SSH: {error or 'connection ended'}") from None
         return channel
@@ -99,17 +123,14 @@ class Ssh:
                 member = tarfile.TarInfo(path.lstrip("/"))
                 member.size, member.mode = len(data), 0o600
                 tar.addfile(member, io.BytesIO(data))
-        self._finish("umask 077; exec tar -x -C /", packed.getvalue(), deadline)
+        self.output("umask 077; exec tar -x -C /", deadline, packed.getvalue())
 
     def get(self, path: str, deadline: Deadline) -> bytes:
         """The content of a file in the VM."""
         return self.output(f"cat {shlex.quote(path)}", deadline)
 
-    def output(self, script: str, deadline: Deadline) -> bytes:
-        """What *script* writes in the VM; raises InfrastructureError when it fails."""
-        return self._finish(script, b"", deadline)
-
-    def _finish(self, script: str, data: bytes, deadline: Deadline) -> bytes:
+    def output(self, script: str, deadline: Deadline, data: bytes = b"") -> bytes:
+        """What *script*, fed with *data*, writes in the VM; InfrastructureError when it fails."""
         channel = self.run(script, deadline)
         with contextlib.closing(channel):
             out = bytearray()
