@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -19,6 +20,7 @@ from qemu_ioasid import bench, config, image, kernel, parts, process, report, se
 from qemu_ioasid.cache import explained
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, RigError
+from qemu_ioasid.lab import arguments as lab
 from qemu_ioasid.qemu import ACCELERATORS
 from qemu_ioasid.report import VERDICTS, Report, counts
 from qemu_ioasid.scenarios import SCENARIOS
@@ -53,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_run(commands, common)
     _add_bench(commands, common)
+    lab.add(commands, common, _add_start, _options)
     build = commands.add_parser("kernel", help="build kernels and list them")
     actions = build.add_subparsers(dest="action", required=True, metavar="ACTION")
     making = actions.add_parser("build", parents=[common], help="build, or say what is built")
@@ -116,8 +119,14 @@ def _add_run(
         metavar="DIR",
         help="with --host local: what qemu-ioasid parts made elsewhere, instead of building it",
     )
-    _add_machine(run)
-    run.add_argument(
+    _add_start(run)
+    run.set_defaults(handler=_run)
+
+
+def _add_start(command: argparse.ArgumentParser) -> None:
+    """What is told to a *command* that starts a rig."""
+    _add_machine(command)
+    command.add_argument(
         "--set",
         action="append",
         default=[],
@@ -125,13 +134,12 @@ def _add_run(
         metavar="KEY=VALUE",
         help="change a key of the rig file, host.viommu.fsts=true for example; may be given again",
     )
-    run.add_argument(
+    command.add_argument(
         "--cold", action="store_true", help="boot the rig, whether it was saved before or not"
     )
-    run.add_argument(
+    command.add_argument(
         "--verify", action="store_true", help="compare every byte of a saved rig before trusting it"
     )
-    run.set_defaults(handler=_run)
 
 
 def _add_machine(command: argparse.ArgumentParser) -> None:
@@ -188,11 +196,10 @@ def _output(terminal: Terminal) -> Output:
     return Output(terminal.say, terminal.progress, terminal.begins)
 
 
-def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    options = Options(
+def _options(arguments: argparse.Namespace) -> Options:
+    """What `_add_start` and the common options say."""
+    return Options(
         rig=arguments.rig,
-        scenario=arguments.scenario,
-        checks=tuple(arguments.check),
         accelerator=arguments.accel,
         qemu=arguments.qemu,
         changes=dict(arguments.set),
@@ -200,6 +207,14 @@ def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         report=arguments.report,
         append=arguments.append,
         start=Start(cold=arguments.cold, verify=arguments.verify),
+    )
+
+
+def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    options = replace(
+        _options(arguments),
+        scenario=arguments.scenario,
+        checks=tuple(arguments.check),
         host=arguments.host,
         parts=arguments.parts,
     )
