@@ -53,7 +53,7 @@ install_packages() {
 }
 
 install_project() {
-	local stamp=.venv/installed want lock
+	local stamp=.venv/installed want lock python
 	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
 		die 3 "python3 is $(python3 -V 2>&1); 3.11 or newer is needed"
 	want=$({ cat pyproject.toml ci/requirements.txt && python3 -V && pwd; } | sha256sum)
@@ -63,8 +63,10 @@ install_project() {
 	flock "$lock"
 	if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
 		echo "installing the project into .venv" >&2
+		# Ours may be the one in .venv.
+		python=$(python3 -c 'import sys; print(sys._base_executable)')
 		rm -rf .venv
-		python3 -m venv .venv || die 3 "python3 -m venv failed; is python3-venv installed?"
+		"$python" -m venv .venv || die 3 "python3 -m venv failed; is python3-venv installed?"
 		local pip=(.venv/bin/pip install -q --disable-pip-version-check)
 		if ! { "${pip[@]}" -r ci/requirements.txt && "${pip[@]}" --no-deps -e .; } >&2; then
 			die 3 "pip could not install the project; is PyPI, or a mirror of it, in reach?"

@@ -79,7 +79,7 @@ class Agent:
         self._log_lock = threading.Lock()
         self._pending: dict[int, Pending] = {}
         self._next = 0
-        self._lost = False
+        self._lost = threading.Event()
         self._ready = threading.Event()
         self._on_event: Callable[[dict[str, Any]], None] = lambda event: None
 
@@ -90,12 +90,16 @@ class Agent:
     @property
     def lost(self) -> bool:
         """Whether the agent is gone."""
-        return self._lost
+        return self._lost.is_set()
+
+    def wait_lost(self, seconds: float) -> bool:
+        """Whether the agent is gone within *seconds*."""
+        return self._lost.wait(seconds)
 
     def start(self, op: str, **args: Any) -> Pending:
         """Begin an operation and return at once."""
         with self._lock:
-            if self._lost:
+            if self.lost:
                 raise ConnectionLost(f"{self.name}: the agent went away")
             self._next += 1
             number = self._next
@@ -123,13 +127,13 @@ class Agent:
         """Return when the agent has said that it runs."""
         if not self._ready.wait(deadline.remaining()):
             raise deadline.exceeded()
-        if self._lost:
+        if self.lost:
             raise ConnectionLost(f"{self.name}: the agent did not start")
 
     def renew(self) -> None:
         """Expect another agent on the same channel: its VM has ended, and is to be booted again."""
         with self._lock:
-            self._lost = False
+            self._lost.clear()
             self._ready.clear()
 
     def _write_log(self, direction: str, line: str) -> None:
@@ -141,7 +145,7 @@ class Agent:
         try:
             message = json.loads(line)
         except ValueError:
-            if self._ready.is_set() and not self._lost:
+            if self._ready.is_set() and not self.lost:
                 raise
             # An agent that was killed left it half said, and the next one begins behind that.
             _, begin, rest = line.rpartition(_BEGIN)
@@ -161,7 +165,7 @@ class Agent:
     def lose(self) -> None:
         """The agent is gone, as far as its VM is known to be: every wait on it ends."""
         with self._lock:
-            self._lost = True
+            self._lost.set()
             pending, self._pending = self._pending, {}
         for each in pending.values():
             each._finish(None)

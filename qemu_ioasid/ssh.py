@@ -112,7 +112,7 @@ class Ssh:
                 else:
                     channel.invoke_shell()
         except (paramiko.SSHException, EOFError, OSError) as error:
-            raise ConnectionLost(f"{self._name}: SSH: {error or 'connection ended'}") from None
+            raise ConnectionLost(f"{self._name}: SSH: {str(error) or 'connection ended'}") from None
         return channel
 
     def put(self, files: dict[str, bytes], deadline: Deadline) -> None:
@@ -195,7 +195,7 @@ def connect(
         except paramiko.AuthenticationException as error:
             raise InfrastructureError(f"{name}: SSH: login refused: {error}") from None
         except (paramiko.SSHException, EOFError, OSError) as error:
-            raise ConnectionLost(f"{name}: SSH: {error or 'connection ended'}") from None
+            raise ConnectionLost(f"{name}: SSH: {str(error) or 'connection ended'}") from None
         yield Ssh(transport, name)
     finally:
         transport.close()

@@ -221,8 +221,8 @@ class Life:
         self._past = self.seen()
 
     @contextlib.contextmanager
-    def blamed(self) -> Iterator[None]:
-        """Turn a lost connection or a missed deadline into its cause, where a kernel is that."""
+    def blamed(self, vm: str | None = None) -> Iterator[None]:
+        """Turn a lost connection (to *vm*) or a missed deadline into its cause, if one is known."""
         found = self._rig
         try:
             yield
@@ -232,9 +232,12 @@ class Life:
             if not any(self._new(console) for console in found.consoles):
                 found.host.console.broken.wait(LAST_WORDS_SECONDS)
             found.check_consoles(self._past)
-            if isinstance(error, ConnectionLost):
-                raise found.host.explain(error) from error
-            raise
+            if not isinstance(error, ConnectionLost):
+                raise
+            # The host VM's word of the end of a guest's QEMU comes when it comes.
+            if vm in found.guests and found.guests[vm].agent.wait_lost(LAST_WORDS_SECONDS):
+                self.machine(vm)
+            raise found.host.explain(error) from error
 
     # Lives
 

@@ -102,7 +102,7 @@ class Service:
             raise InfrastructureError(f"lab {self.entry.name} is still coming up")
         for line in self.life.news():
             wire.tell(note=line)
-        with self.life.blamed():
+        with self.life.blamed(arguments.get("vm")):
             return self._operations[op](wire, self.life, **arguments)
 
     # About the lab
