@@ -18,7 +18,8 @@ from qemu_ioasid.qmp import Qmp
 
 #: Where QEMU's q35 has the registers (hw/i386/x86-iommu, Q35_HOST_BRIDGE_IOMMU_ADDR).
 REGISTERS = 0xFED90000
-GSTS, RTADDR = 0x1C, 0x20
+#: GSTS_REG; RTADDR_REG, 64 bits, is behind it.
+GSTS = 0x1C
 GSTS_TES = 1 << 31
 #: RTADDR_REG, Translation Table Mode.
 TTM_SCALABLE = 1
@@ -77,18 +78,17 @@ def reader(monitor: Qmp) -> Read:
 def stage(monitor: Qmp) -> Stage:
     """The global status and root table registers."""
 
-    def read32(offset: int) -> int:
-        text = monitor.monitor(
-            f"xp /1wx {REGISTERS + offset:#x}", Deadline(10, "answer to xp from the monitor")
-        )
-        match = re.search(r":\s*(0x[0-9a-f]{8})\b", text)
-        if match is None:
-            raise InfrastructureError(f"xp: no VT-d register in {text.strip()!r}")
-        return int(match[1], 16)
-
-    root = read32(RTADDR) | read32(RTADDR + 4) << 32
+    # The two registers lie side by side; QEMU's xp reads them 4 bytes at a time.
+    text = monitor.monitor(
+        f"xp /3wx {REGISTERS + GSTS:#x}", Deadline(10, "answer to xp from the monitor")
+    )
+    words = [int(word, 16) for word in re.findall(r"\s0x([0-9a-f]{8})\b", text)]
+    if len(words) != 3:
+        raise InfrastructureError(f"xp: no VT-d registers in {text.strip()!r}")
+    status, low, high = words
+    root = low | high << 32
     return Stage(
-        enabled=bool(read32(GSTS) & GSTS_TES),
+        enabled=bool(status & GSTS_TES),
         scalable=root >> 10 & 3 == TTM_SCALABLE,
         root=root & ~0xFFF,
     )

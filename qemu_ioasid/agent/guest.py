@@ -84,6 +84,8 @@ class Guest:
 
     def arena(self) -> Json:
         """Where the arena is in guest-physical memory; the first call allocates it."""
+        # A rig that is restored has what is needed to watch it, too.
+        self._watched()
         return {"gpa": self._memory().gpa, "size": SIZE}
 
     def nonce(self) -> Json:
@@ -102,19 +104,24 @@ class Guest:
         """Bytes of the arena."""
         return {"hex": self._memory().read(offset, length).hex()}
 
-    def watch(self) -> Json:
-        """Writes a fresh nonce and takes a snapshot of the arena."""
+    def _watched(self) -> Watch:
         from qemu_ioasid.agent.watch import Watch
 
+        memory = self._memory().memory
+        with self._lock:
+            if self._watch is None:
+                self._watch = Watch(memory, 0, SIZE)
+            return self._watch
+
+    def watch(self) -> Json:
+        """Writes a fresh nonce and takes a snapshot of the arena."""
         nonce = self._memory().nonce()
-        self._watch = Watch(self._memory().memory, 0, SIZE)
+        self._watched().take()
         return {"nonce": nonce.hex()}
 
-    def changes(self, expect: list[Json] | None = None, update: bool = True) -> Json:
-        """What changed in the arena since the snapshot."""
-        if self._watch is None:
-            raise RuntimeError("the arena is not watched")
-        return self._watch.changes(expect or (), update)
+    def changes(self, expect: list[Json] | None = None) -> Json:
+        """What changed in the arena since the last snapshot, or since it was allocated."""
+        return self._watched().changes(expect or ())
 
     # --- devices, and work without a PASID ----------------------------------------------
 
@@ -172,7 +179,6 @@ class Guest:
             opened.unmap_all()
         with self._lock:
             self._bindings.clear()
-            self._watch = None
         return self._common.news()
 
     def bindings(self) -> list[Json]:

@@ -406,18 +406,22 @@ class Host:
         from qemu_ioasid.agent.arena import NONCE
         from qemu_ioasid.agent.watch import Watch
 
-        taken = Watch(self._guest(guest).memory, gpa, length)
+        memory = self._guest(guest).memory
         with self._lock:
-            self._watches[guest] = taken
-        return {"nonce": taken.snapshot[:NONCE].hex()}
+            taken = self._watches.get(guest)
+            if taken is not None and taken.range == (memory, gpa, length):
+                taken.take()
+            else:
+                taken = self._watches[guest] = Watch(memory, gpa, length)
+        return {"nonce": taken.first(NONCE).hex()}
 
-    def changes(self, guest: str, expect: list[Json] | None = None, update: bool = True) -> Json:
+    def changes(self, guest: str, expect: list[Json] | None = None) -> Json:
         """What changed in the watched range since the snapshot."""
         with self._lock:
             if guest not in self._watches:
                 raise KeyError(f"guest {guest!r} is not watched")
             taken = self._watches[guest]
-        return taken.changes(expect or (), update)
+        return taken.changes(expect or ())
 
     def read(self, guest: str, gpa: int, length: int) -> Json:
         """Bytes of a guest's RAM."""

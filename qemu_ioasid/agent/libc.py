@@ -39,6 +39,10 @@ def address_of(memory: object) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))  # type: ignore[arg-type]
 
 
-def same_bytes(memory: object, offset: int, data: bytes) -> bool:
-    """Whether data is what a writable buffer holds at offset, which must be inside it."""
-    return not _libc.memcmp(ctypes.c_void_p(address_of(memory) + offset), data, len(data))
+def same_bytes(one: object, offset: int, other: object, start: int, length: int) -> bool:
+    """Whether two writable buffers, at offset and start, hold the same bytes, all inside them."""
+    return not _libc.memcmp(
+        ctypes.c_void_p(address_of(one) + offset),
+        ctypes.c_void_p(address_of(other) + start),
+        ctypes.c_size_t(length),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import mmap
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 PAGE = 4096
 SHOWN = 64
@@ -14,114 +14,125 @@ JOIN = 16
 _DIFFERS = bytes([0]) + bytes([1]) * 255
 
 
-def digest(data: bytes) -> str:
-    """blake2b of the data, 16 bytes, in hex."""
-    import hashlib
-
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def differing(old: bytes, new: bytes) -> list[tuple[int, int]]:
-    """The ranges (offset, length) in which two equally long byte strings differ.
+def differing(old: bytes, new: bytes, base: int, ranges: list[tuple[int, int]]) -> None:
+    """Appends the ranges (offset, length) in which two byte strings at base differ.
 
     Ranges less than JOIN bytes apart are one range: a byte that was written may happen to equal the
     one it replaced. The outer ends are exact.
     """
-    if old == new:
-        return []
-    ranges: list[tuple[int, int]] = []
-    for page in range(0, len(old), PAGE):
-        before, after = old[page : page + PAGE], new[page : page + PAGE]
-        if before == after:
-            continue
-        number = int.from_bytes(before, "little") ^ int.from_bytes(after, "little")
-        marks = number.to_bytes(len(before), "little").translate(_DIFFERS)
-        start = marks.find(1)
-        while start >= 0:
-            end = marks.find(0, start)
-            end = len(marks) if end < 0 else end
-            _append(ranges, page + start, page + end)
-            start = marks.find(1, end)
-    return ranges
+    number = int.from_bytes(old, "little") ^ int.from_bytes(new, "little")
+    marks = number.to_bytes(len(old), "little").translate(_DIFFERS)
+    start = marks.find(1)
+    while start >= 0:
+        end = marks.find(0, start)
+        end = len(marks) if end < 0 else end
+        first, last = base + start, base + end
+        if ranges and first - sum(ranges[-1]) < JOIN:
+            first = ranges.pop()[0]
+        ranges.append((first, last - first))
+        start = marks.find(1, end)
 
 
-def _append(ranges: list[tuple[int, int]], start: int, end: int) -> None:
-    if ranges and start - sum(ranges[-1]) < JOIN:
-        start = ranges.pop()[0]
-    ranges.append((start, end - start))
-
-
-def described(ranges: Iterable[tuple[int, int]], data: bytes) -> list[dict[str, int | str]]:
-    """Ranges with the bytes that data has there (the first SHOWN in hex) and their digest."""
+def _described(
+    ranges: Iterable[tuple[int, int]], pages: Mapping[int, bytes]
+) -> list[dict[str, int | str]]:
+    """Ranges with the bytes that pages have there, the first SHOWN of them in hex."""
     answer: list[dict[str, int | str]] = []
     for offset, length in ranges:
-        part = data[offset : offset + length]
-        answer.append(
-            {
-                "offset": offset,
-                "length": length,
-                "hex": part[:SHOWN].hex(),
-                "blake2b": digest(part),
-            }
-        )
+        first, end = offset // PAGE * PAGE, offset + min(length, SHOWN)
+        held = b"".join([pages[page] for page in range(first, end, PAGE)])
+        shown = held[offset - first : end - first].hex()
+        answer.append({"offset": offset, "length": length, "hex": shown})
     return answer
 
 
 class Watch:
     """A snapshot of memory[offset:offset + length] to compare with; takes it when made.
 
-    Raises ValueError when the range leaves the memory.
+    Memory is compared in place, and copied into what is there: under nested TCG, faulting in the
+    pages of a copy takes longer than comparing them. Raises ValueError when the range leaves the
+    memory.
     """
 
     def __init__(self, memory: mmap.mmap, offset: int, length: int) -> None:
         if offset < 0 or length <= 0 or offset + length > len(memory):
             raise ValueError(f"{offset:#x}+{length:#x} is outside {len(memory):#x} bytes of memory")
-        self._memory = memory
-        self._offset = offset
-        self._length = length
-        self.snapshot = self.now()
+        self.range = memory, offset, length
+        self._snapshot = bytearray(length)
+        self.take()
 
-    def now(self) -> bytes:
-        """The memory as it is."""
-        return self._memory[self._offset : self._offset + self._length]
+    def take(self) -> None:
+        """The memory as it is becomes the snapshot."""
+        memory, offset, length = self.range
+        with (
+            memoryview(memory) as whole,
+            whole[offset : offset + length] as now,
+            memoryview(self._snapshot) as snapshot,
+        ):
+            snapshot[:] = now
 
-    def _unchanged(self) -> bool:
-        # In place: under TCG, faulting in the pages of a copy takes longer than comparing them.
+    def first(self, length: int) -> bytes:
+        """The first bytes of the snapshot."""
+        return bytes(self._snapshot[:length])
+
+    def _changed_pages(self) -> Iterator[int]:
         from qemu_ioasid.agent.libc import same_bytes
 
-        return same_bytes(self._memory, self._offset, self.snapshot)
+        memory, offset, length = self.range
+        parts = [(0, length)]
+        while parts:
+            start, size = parts.pop()
+            if same_bytes(memory, offset + start, self._snapshot, start, size):
+                continue
+            if size <= PAGE:
+                yield start
+                continue
+            half = -(-size // (2 * PAGE)) * PAGE
+            parts += [(start + half, size - half), (start, half)]
 
     def changes(
-        self, expect: Iterable[Mapping[str, int | str]] = (), update: bool = True
+        self, expect: Iterable[Mapping[str, int | str]] = ()
     ) -> dict[str, list[dict[str, int | str]]]:
         """{"changed": ranges that differ from the snapshot, "unexpected": from the expectation}.
 
         The expectation is the snapshot with each of expect laid over it, in order: {"offset",
         "hex"}, or {"offset", "length", "source"}: bytes copied from offset source of the snapshot.
-        update: the memory as seen becomes the snapshot. Raises ValueError for an expectation
-        outside the range; then the snapshot stays.
+        The memory as seen becomes the snapshot. Raises ValueError for an expectation outside the
+        range; then the snapshot stays.
         """
-        expect = tuple(expect)
-        if not expect and self._unchanged():
-            return {"changed": [], "unexpected": []}
-        expected = bytearray(self.snapshot)
+        memory, offset, length = self.range
+        expected = self._expected(expect)
+        seen: dict[int, bytes] = {}
+        changed: list[tuple[int, int]] = []
+        unexpected: list[tuple[int, int]] = []
+        for page in sorted({*expected, *self._changed_pages()}):
+            end = min(page + PAGE, length)
+            now = seen[page] = memory[offset + page : offset + end]
+            before = bytes(self._snapshot[page:end])
+            differing(before, now, page, changed)
+            differing(bytes(expected.get(page, before)), now, page, unexpected)
+            self._snapshot[page:end] = now
+        return {
+            "changed": _described(changed, seen),
+            "unexpected": _described(unexpected, seen),
+        }
+
+    def _expected(self, expect: Iterable[Mapping[str, int | str]]) -> dict[int, bytearray]:
+        """The pages that expect is about, as they must be."""
+        pages: dict[int, bytearray] = {}
         for item in expect:
-            offset = int(item["offset"])
+            at = int(item["offset"])
             if "hex" in item:
                 data = bytes.fromhex(str(item["hex"]))
             else:
-                source = int(item["source"])
-                data = self.snapshot[source : source + int(item["length"])]
-                if len(data) != int(item["length"]):
+                source, size = int(item["source"]), int(item["length"])
+                data = bytes(self._snapshot[source : source + size])
+                if source < 0 or len(data) != size:
                     raise ValueError(f"the source of {item} is outside the watched range")
-            if offset < 0 or offset + len(data) > self._length:
+            if at < 0 or at + len(data) > len(self._snapshot):
                 raise ValueError(f"{item} is outside the watched range")
-            expected[offset : offset + len(data)] = data
-        now = self.now()
-        answer = {
-            "changed": described(differing(self.snapshot, now), now),
-            "unexpected": described(differing(bytes(expected), now), now),
-        }
-        if update:
-            self.snapshot = now
-        return answer
+            for page in range(at // PAGE * PAGE, at + len(data), PAGE):
+                wanted = pages.setdefault(page, self._snapshot[page : page + PAGE])
+                start, end = max(at, page), min(at + len(data), page + PAGE)
+                wanted[start - page : end - page] = data[start - at : end - at]
+        return pages
