@@ -19,7 +19,6 @@ from qemu_ioasid.console import Console, classify
 from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.errors import (
     AgentError,
-    ConfigurationError,
     ConnectionLost,
     RequirementError,
     RigError,
@@ -254,7 +253,9 @@ class Rig:
         QEMU's emulation of SVM has an interrupt that was injected into a guest arrive once more,
         wherever the guest then is, when the host VM's processor is kicked out of it before it left
         by itself, as it is to be stopped (target/i386/tcg/system/svm_helper.c, helper_vmrun():
-        exception_index keeps the vector). A guest that holds a lock then waits for itself for ever.
+        exception_index keeps the vector). A guest that holds a lock then waits for itself for ever,
+        in every rig restored from there. Patch 5 of the series has KVM avoid it; not every kernel
+        has that.
         """
         self.host.agent.call("freeze", seconds=SETTLE_SECONDS * calibration())
         try:
@@ -292,15 +293,6 @@ class Rig:
             del self.mdevs[name]
         self.settle()
         self.check_consoles(seen)
-
-
-def check_accelerator(config: RigConfig, accelerator: str) -> None:
-    """Refuse, with ConfigurationError, what is known to kill guests under *accelerator*."""
-    if accelerator == "tcg" and config.host.cpus > 1 and len(config.guests) > 1:
-        raise ConfigurationError(
-            f"{config.path}: host.cpus: with two guests under TCG the host VM takes 1 vCPU: "
-            "QEMU's SVM emulation kills guests on more (docs/facts.md)"
-        )
 
 
 def _check_features(host: HostMachine) -> None:

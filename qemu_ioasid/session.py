@@ -23,7 +23,6 @@ from qemu_ioasid import (
     parts,
     preflight,
     qemu,
-    rig,
     scenarios,
     standby,
 )
@@ -118,7 +117,7 @@ def build(options: Options, configuration: RigConfig, output: Output, report: Re
     deadline = Deadline(BUILD_SECONDS, "kernel and images")
     with report.phase("find QEMU and an accelerator"):
         found, accelerator, why = choose_qemu(options, output)
-        check(configuration, found, accelerator)
+        check(configuration, found)
     report.accelerator, report.accelerator_reason = accelerator, why
     with report.phase("kernel"):
         built = kernel.build(options.kernel, deadline=deadline, progress=output.progress)
@@ -163,12 +162,8 @@ def build(options: Options, configuration: RigConfig, output: Output, report: Re
     )
 
 
-def check(configuration: RigConfig, host_qemu: Qemu, accelerator: str) -> None:
-    """Refuse what *configuration* asks of a QEMU or an accelerator that cannot do it.
-
-    Raises ConfigurationError, RequirementError.
-    """
-    rig.check_accelerator(configuration, accelerator)
+def check(configuration: RigConfig, host_qemu: Qemu) -> None:
+    """Refuse, with RequirementError, what *configuration* asks of a QEMU that cannot do it."""
     configuration.host.viommu.device(host_qemu.viommu)
 
 

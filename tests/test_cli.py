@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from qemu_ioasid.config import DEFAULT
 from tests.conftest import Command
 
 
@@ -103,15 +102,14 @@ def test_a_report_folder_that_cannot_be(command: Command, folder: str) -> None:
 
 
 def test_a_system_qemu_that_is_broken_is_passed_over(command: Command, tmp_path: Path) -> None:
-    """The private copy is taken; the rig file's mistake, found next, ends the run."""
+    """The private copy is taken; the series that is no series, found next, ends the run."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/qemu-system-x86_64").symlink_to("/bin/false")
-    (tmp_path / "rig.toml").write_text(DEFAULT.read_text().replace("cpus = 1", "cpus = 2"))
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    ended = command("run", "--accel", "tcg", "--rig", "rig.toml", "--report", "r", PATH=path)
+    ended = command("run", "--accel", "tcg", "--series", "none", "--report", "r", PATH=path)
     assert ended.code == 2
     assert "does not work as a QEMU" in ended.out
-    assert "host.cpus" in ended.err
+    assert "a series folder is named after its kernel" in ended.err
 
 
 def test_no_runtime_folder(command: Command, tmp_path: Path) -> None:
