@@ -65,13 +65,28 @@ def run(options: Options, rounds: int, output: Output) -> dict[str, Any]:
 
 
 def restores(options: Options, count: int, output: Output) -> dict[str, Any]:
-    """Restore the default rig *count* times in a row; raises what building its parts raises."""
+    """Restore the default rig *count* times in a row; raises what building its parts raises.
+
+    Interrupted, it has said and written what it found so far.
+    """
     folder = session.report_folder(options.report, "restores")
     report = Report(folder, "restores", output.say)
     rigs = start.Rigs(session.build(options, config.load(config.DEFAULT), output, report))
-    found = start.restore_many(rigs, count, output.progress)
-    document = {"schema": SCHEMA, "results": [found], "machine": _machine(), "report": str(folder)}
-    (folder / "bench.json").write_text(json.dumps(document, indent=2) + "\n")
+    found = start.Restores(rigs)
+    try:
+        with report.phase(f"restore it {count} times"):
+            for _ in range(count):
+                found.once_more()
+                output.progress(str(found))
+    finally:
+        output.say(str(found))
+        document = {
+            "schema": SCHEMA,
+            "results": [found.row()],
+            "machine": _machine(),
+            "report": str(folder),
+        }
+        (folder / "bench.json").write_text(json.dumps(document, indent=2) + "\n")
     return document
 
 

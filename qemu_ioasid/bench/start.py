@@ -8,7 +8,7 @@ import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from qemu_ioasid import config, standby
@@ -167,22 +167,36 @@ def _memory(rigs: Rigs) -> Values:
         }
 
 
-def restore_many(rigs: Rigs, count: int, progress: Callable[[str], None]) -> dict[str, object]:
-    """Restore the default rig *count* times; how many were right, and what the others were.
+class Restores:
+    """The default rig, restored again and again: how many times, and what was wrong with some.
 
     Right: every agent answered, each device moved bytes with a PASID of its own,
     and the ledger agrees with the kernel's lists.
     """
-    seconds, wrong = [], []
-    for number in range(1, count + 1):
+
+    def __init__(self, rigs: Rigs) -> None:
+        self._rigs = rigs
+        self._seconds: list[float] = []
+        self._wrong: list[str] = []
+        self.count = 0
+
+    def once_more(self) -> None:
+        """Restore it, have it work, and end it."""
         try:
-            with rigs.up(rigs.full) as running:
-                seconds.append(rigs.seconds["restore"])
+            with self._rigs.up(self._rigs.full) as running:
+                self._seconds.append(self._rigs.seconds["restore"])
                 _work(running)
         except RigError as error:
-            wrong.append(f"restore {number}: {error.message}")
-        progress(f"restore {number} of {count}: {len(wrong)} were wrong")
-    return {**row("restores", "s", seconds), "count": count, "wrong": wrong}
+            self._wrong.append(f"restore {self.count + 1}: {error.message}")
+        self.count += 1
+
+    def __str__(self) -> str:
+        return f"{self.count} restores, {len(self._wrong)} of them wrong"
+
+    def row(self) -> dict[str, object]:
+        """The figures so far."""
+        times = row("restores", "s", self._seconds or [0.0])
+        return {**times, "count": self.count, "wrong": self._wrong}
 
 
 def _work(running: Rig) -> None:
