@@ -47,9 +47,9 @@ _GUEST_MEMORY = Size(160 * MIB)
 
 @dataclass(frozen=True)
 class HostConfig:
-    """The host VM. More than one of *cpus* under TCG takes patch 5 of the series (facts.md)."""
+    """The host VM. *cpus* 0: as many as help, see `hostvm.cpus`."""
 
-    cpus: int = 2
+    cpus: int = 0
     memory: Size = _HOST_MEMORY
     viommu: Viommu = field(default_factory=Viommu)
 
@@ -228,7 +228,8 @@ def _check(rig: RigConfig) -> None:
             raise ConfigurationError(f"{where}.memory: must be from 96M to 2G, and even")
         _check_cpus(guest.cpus, where)
         viommu.check(guest.viommu, f"{where}.viommu", assigned=bool(guest.mdevs))
-    _check_cpus(rig.host.cpus, f"{rig.path}: host")
+    if rig.host.cpus:
+        _check_cpus(rig.host.cpus, f"{rig.path}: host")
     viommu.check(rig.host.viommu, f"{rig.path}: host.viommu", assigned=False)
     need = HOST_OVERHEAD + sum(guest.memory for guest in rig.guests.values())
     if rig.host.memory < need:

@@ -82,11 +82,17 @@ class Ends:
             end.close()
 
 
+def cpus(config: HostConfig, qemu: Qemu, accelerator: str) -> int:
+    """How many vCPUs the host VM gets: what *config* says, or as many as help and hold."""
+    return config.cpus or (2 if accelerator == "kvm" or qemu.nests_on_smp else 1)
+
+
 def argv(
     parts: HostParts, config: HostConfig, guests: Mapping[str, GuestConfig], ends: Ends
 ) -> list[str]:
     """The host VM's QEMU, but for its memory."""
     kvm = parts.accelerator == "kvm"
+    smp = cpus(config, parts.qemu, parts.accelerator)
     # The guests' RAM is huge pages: nested paging under TCG walks every level it can save.
     pages = sum(guest.memory for guest in guests.values()) // HUGE_PAGE
     append = f"hugepages={pages} ROLE=host {parts.append}"
@@ -101,7 +107,7 @@ def argv(
     ]
     for port in ("console", "qmp", "agent", "ssh"):
         words += ends.chardev(port)
-    words += common_argv("host", config.viommu.device(parts.qemu.viommu), config.cpus)
+    words += common_argv("host", config.viommu.device(parts.qemu.viommu), smp)
     words += disk_argv({serial: str(path) for serial, path in parts.disks.items()})
     for guest in guests:
         for port in (f"console.{guest}", f"agent.{guest}"):

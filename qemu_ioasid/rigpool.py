@@ -70,7 +70,7 @@ class Pool:
             parts = session.build(options, config, self._output, report)
             self._built[key] = parts, report
         parts, report = self._built[key]
-        session.check(config, parts.qemu)
+        session.check(config, parts.qemu, parts.accelerator)
         return parts, report
 
     def parts(self, config: RigConfig, options: Options) -> HostParts:

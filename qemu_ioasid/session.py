@@ -117,7 +117,7 @@ def build(options: Options, configuration: RigConfig, output: Output, report: Re
     deadline = Deadline(BUILD_SECONDS, "kernel and images")
     with report.phase("find QEMU and an accelerator"):
         found, accelerator, why = choose_qemu(options, output)
-        check(configuration, found)
+        check(configuration, found, accelerator)
     report.accelerator, report.accelerator_reason = accelerator, why
     with report.phase("kernel"):
         built = kernel.build(options.kernel, deadline=deadline, progress=output.progress)
@@ -162,8 +162,17 @@ def build(options: Options, configuration: RigConfig, output: Output, report: Re
     )
 
 
-def check(configuration: RigConfig, host_qemu: Qemu) -> None:
-    """Refuse, with RequirementError, what *configuration* asks of a QEMU that cannot do it."""
+def check(configuration: RigConfig, host_qemu: Qemu, accelerator: str) -> None:
+    """Refuse what *configuration* asks of a QEMU or an accelerator that cannot do it.
+
+    Raises ConfigurationError, RequirementError.
+    """
+    dies = accelerator == "tcg" and not host_qemu.nests_on_smp
+    if dies and configuration.host.cpus > 1 and len(configuration.guests) > 1:
+        raise ConfigurationError(
+            f"{configuration.path}: host.cpus: two guests under the TCG of QEMU "
+            f"{host_qemu.version} take a host VM of 1 vCPU: they die on more (docs/facts.md)"
+        )
     configuration.host.viommu.device(host_qemu.viommu)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ from qemu_ioasid import image, kernel, process, qemu
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.kernel import Kernel
 from qemu_ioasid.qemu import Qemu
+
+# A shell's background job has it ignored, and so would every program that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def progress(line: str) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qemu_ioasid import config
+from qemu_ioasid import config, hostvm, session
 from qemu_ioasid.errors import ConfigurationError, RequirementError
+from qemu_ioasid.qemu import Qemu
 from qemu_ioasid.scenarios import SCENARIOS
 from qemu_ioasid.viommu import Viommu
 
@@ -27,7 +28,7 @@ def test_default_rig_suits_the_default_scenario() -> None:
     found = config.load(config.DEFAULT)
     assert list(found.guests) == ["g1", "g2"]
     assert found.guests["g1"].mdevs == ("a", "b")
-    assert found.host.cpus == 2
+    assert found.host.cpus == 0
     SCENARIOS["isolation"].rows(found)
 
 
@@ -40,7 +41,7 @@ def test_default_rig_suits_the_default_scenario() -> None:
         ("host = 3", "rig.toml: host: must be a table"),
         ('[host]\ncpus = "1"', "rig.toml: host.cpus: must be a whole number"),
         ("[host]\ncpus = true", "rig.toml: host.cpus: must be a whole number"),
-        ("[host]\ncpus = 0", "rig.toml: host.cpus: must be from 1 to 64"),
+        ("[host]\ncpus = 65", "rig.toml: host.cpus: must be from 1 to 64"),
         ("[host]\nmemory = 512", "rig.toml: host.memory: must be a size"),
         ('[host]\nmemory = "64M"', "rig.toml: host.memory: 64M is too little"),
         ("[host.viommu]\nfsts = 1", "rig.toml: host.viommu.fsts: must be true or false"),
@@ -144,3 +145,18 @@ def test_what_a_qemu_cannot_do_is_a_requirement() -> None:
     assert "svm=on" in options.device(QEMU_11_1)
     with pytest.raises(RequirementError, match="svm"):
         options.device(QEMU_10_0)
+
+
+def test_two_vcpus_with_two_guests_where_they_live() -> None:
+    old = Qemu(("qemu",), "10.0.13", QEMU_10_0)
+    new = Qemu(("qemu",), "11.1.3", QEMU_11_1)
+    asked = config.parse("[host]\ncpus = 2\n[guest.g1]\n[guest.g2]\n", "rig.toml")
+    with pytest.raises(ConfigurationError, match=r"host\.cpus"):
+        session.check(asked, old, "tcg")
+    session.check(asked, old, "kvm")
+    session.check(asked, new, "tcg")
+    session.check(config.parse("[host]\ncpus = 2\n[guest.g1]\n", "rig.toml"), old, "tcg")
+    silent = config.shape({"g1": [], "g2": []})
+    session.check(silent, old, "tcg")
+    assert [hostvm.cpus(silent.host, qemu, "tcg") for qemu in (old, new)] == [1, 2]
+    assert hostvm.cpus(silent.host, old, "kvm") == hostvm.cpus(asked.host, old, "tcg") == 2
