@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,17 +64,20 @@ class Job:
 
 
 @pytest.fixture
-def home(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
+def home(environment: dict[str, str], tmp_path: Path) -> Iterator[dict[str, str]]:
     """A user's environment, with Avocado's own files in the test's folder and not in CI."""
     cache = os.environ.get("QEMU_IOASID_CACHE", os.path.expanduser("~/.cache/qemu_ioasid"))
-    return {
-        **environment,
-        "HOME": str(tmp_path),
-        "TMPDIR": str(tmp_path),
-        "QEMU_IOASID_CACHE": cache,
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "CI": "",
-    }
+    # Avocado's tasks report on a unix socket in there, and wait for ever where its path is longer
+    # than 107 characters.
+    with tempfile.TemporaryDirectory(prefix="avocado-") as temporary:
+        yield {
+            **environment,
+            "HOME": str(tmp_path),
+            "TMPDIR": temporary,
+            "QEMU_IOASID_CACHE": cache,
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "CI": "",
+        }
 
 
 Avocado = Callable[..., Job]
