@@ -29,6 +29,29 @@ PATHS = "paths"
 #: that is how mdevs and probes are removed.
 WRITES = "writes"
 LOCK = "lock"
+#: No execve() is longer in its last steps.
+EXECVE_SECONDS = 1.0
+
+
+def _environment(pid: str) -> bytes:
+    """A process's environment; raises OSError. One in the middle of execve() is waited for.
+
+    That has none to show from where it closes files, which is how its parent learns that it runs,
+    to where env_end is set (fs/exec.c, fs/binfmt_elf.c).
+    """
+    end = time.monotonic() + EXECVE_SECONDS
+    while True:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            data = file.read()
+        if data or time.monotonic() > end:
+            return data
+        # Neither a kernel thread nor a zombie has one.
+        os.readlink(f"/proc/{pid}/exe")
+        with open(f"/proc/{pid}/stat") as stat:
+            # proc(5), field 51; what is counted here begins with the third.
+            env_end = stat.read().rpartition(")")[2].split()[48]
+        if env_end != "0":
+            return data
 
 
 def marked(token: str) -> list[int]:
@@ -39,9 +62,8 @@ def marked(token: str) -> list[int]:
         if not entry.isdigit() or int(entry) == os.getpid():
             continue
         try:
-            with open(f"/proc/{entry}/environ", "rb") as file:
-                if needle in file.read().split(b"\0"):
-                    found.append(int(entry))
+            if needle in _environment(entry).split(b"\0"):
+                found.append(int(entry))
         except OSError:
             continue
     return found

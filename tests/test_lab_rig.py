@@ -151,6 +151,7 @@ def test_gdb(playing: Player) -> None:
     debugging = playing.start("gdb", "host", *script)
     assert debugging.stdout is not None
     _wait_line(debugging, "Breakpoint 1 at")
+    _wait_running(playing, "host")
     registering = playing.start("pasid", "register", "g1", "a", "--json")
     said = debugging.communicate(timeout=60)[0]
     assert "in pdma_pasid_attach_ioas" in said and "vfio_df_ioctl_attach_pt" in said
@@ -158,8 +159,15 @@ def test_gdb(playing: Player) -> None:
     playing.ok("pasid", "unregister", "a", str(pasid))
     debugging = playing.start("gdb", "g1", "-batch", "-ex", "break __x64_sys_newuname", "-ex", "c")
     _wait_line(debugging, "reakpoint 1 at")
+    _wait_running(playing, "g1")
     assert playing.ok("ssh", "g1", "uname -s") == "Linux\n"
     assert "in __x64_sys_newuname" in debugging.communicate(timeout=60)[0]
+
+
+def _wait_running(playing: Player, vm: str) -> None:
+    """Return when gdb, which has it stopped, has let it go on."""
+    while json.loads(playing.ok("qmp", vm, "query-status"))["status"] != "running":
+        pass
 
 
 def _wait_line(process: subprocess.Popen[str], text: str) -> None:
