@@ -47,7 +47,7 @@ _GUEST_MEMORY = Size(160 * MIB)
 
 @dataclass(frozen=True)
 class HostConfig:
-    """The host VM. *cpus* 0: as many as help, see `hostvm.cpus`."""
+    """The host VM. *cpus* 0: as many as help and hold, see `hostvm.cpus`."""
 
     cpus: int = 0
     memory: Size = _HOST_MEMORY

@@ -45,14 +45,6 @@ class Qemu:
         """Whether its intel-iommu has first-stage translation, the newest thing the rig uses."""
         return any(name in self.viommu for name in ("fsts", OLD_NAMES["fsts"]))
 
-    @property
-    def nests_on_smp(self) -> bool:
-        """Whether two guests live in a host VM of several vCPUs under its TCG.
-
-        They do under 11.1 and die under 10.0 (docs/facts.md); it is a race, which no probe shows.
-        """
-        return tuple(int(part) for part in self.version.split(".")[:2]) >= (11, 1)
-
 
 def probe(argv: tuple[str, ...], env: Mapping[str, str], deadline: Deadline) -> Qemu:
     """Ask a QEMU for its version and its intel-iommu's properties, over QMP.
