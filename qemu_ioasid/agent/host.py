@@ -340,9 +340,13 @@ class Host:
         for opened in self._own.all():
             self.device_close(opened.device.name)
         self._registrar.clear()
-        for device in self._devices().values():
-            for row in self.kernel_list(device.name):
+        lists = {}
+        for name, device in self._devices().items():
+            lists[name] = self.kernel_list(name)
+            for row in lists[name]:
                 device.detach_pasid(int(row["pasid"]))
+            if lists[name]:
+                lists[name] = self.kernel_list(name)
         with self._lock:
             self._watches.clear()
             # a dead guest's iommufd has taken its own along
@@ -353,7 +357,7 @@ class Host:
                 raise error
         return {
             "table": self.kernel_table(),
-            "lists": {name: self.kernel_list(name) for name in self._devices()},
+            "lists": lists,
             **self._common.news(),
             "running": sorted(guest.name for guest in self._guests.values() if guest.running),
         }
