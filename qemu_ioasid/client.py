@@ -88,6 +88,11 @@ class Agent:
         self._on_event = handler
 
     @property
+    def requests(self) -> int:
+        """How many operations were begun."""
+        return self._next
+
+    @property
     def lost(self) -> bool:
         """Whether the agent is gone."""
         return self._lost.is_set()

@@ -125,6 +125,8 @@ class Rig:
         self.registrar = Registrar(host.agent)
         self.mdevs: dict[str, str] = {}
         self.guests: dict[str, Guest] = {}
+        #: By VM, how many requests its agent had had when it was as `reset` leaves it.
+        self._reset_at: dict[str, int] = {}
 
     def bind(
         self, guest: str, device: str, offset: int, length: int, pasid: int | None = None
@@ -182,14 +184,19 @@ class Rig:
         The agents read the kernels' logs, which costs little; only where there is
         a report in one are the consoles waited for, which take a trap a character.
         """
-        self._heard(self._everywhere("news"))
+        used = self._used()
+        self._heard(self._everywhere("news", self._agents()))
+        self._as_reset({name: each for name, each in self._agents().items() if name not in used})
 
     def reset(self) -> list[str]:
         """As `settle`; and undo every registration and mapping, close what was opened, in all VMs.
 
+        A guest that was asked nothing since is left alone: that is 8 ms under TCG.
         Gives what is left of it, in words; then this rig is not to be used again.
         """
-        answers = self._everywhere("reset")
+        used = self._used()
+        answers = self._everywhere("reset", used)
+        self._as_reset(used)
         told = answers["host"]
         left = [f"the parent's table has {told['table']}"] if told["table"] else []
         left += [f"{name}'s list has {rows}" for name, rows in told["lists"].items() if rows]
@@ -202,13 +209,22 @@ class Rig:
         every = [self.host.agent, *(guest.agent for guest in self.guests.values())]
         return {agent.name: agent for agent in every if not agent.lost}
 
-    def _everywhere(self, op: str, **args: Any) -> dict[str, Any]:
-        """The answers of all VMs that live to *op*, by name."""
+    def _used(self) -> dict[str, Agent]:
+        """The host's agent, and those of guests that were asked anything since the last reset."""
+        return {
+            name: agent
+            for name, agent in self._agents().items()
+            if agent is self.host.agent or self._reset_at.get(name) != agent.requests
+        }
+
+    def _as_reset(self, agents: Mapping[str, Agent]) -> None:
+        self._reset_at.update({name: agent.requests for name, agent in agents.items()})
+
+    def _everywhere(self, op: str, agents: Mapping[str, Agent]) -> dict[str, Any]:
+        """The answers of *agents* to *op*, by name."""
         deadline = Deadline(SETTLE_SECONDS, f"answer of all agents to {op}")
         # In turn: they share a vCPU under TCG, and competing for it costs more than it saves.
-        return {
-            name: agent.start(op, **args).result(deadline) for name, agent in self._agents().items()
-        }
+        return {name: agent.start(op).result(deadline) for name, agent in agents.items()}
 
     def _heard(self, answers: Mapping[str, Any]) -> None:
         """Wait for the consoles of kernels that have reported anything by *answers*."""
@@ -218,7 +234,7 @@ class Rig:
             word = f"~{secrets.token_hex(3)}"
             arrivals = []
             for name, agent in self._agents().items():
-                if any(classify(line) for line in answers[name]["news"]):
+                if any(classify(line) for line in answers.get(name, {"news": ()})["news"]):
                     arrivals.append(stack.enter_context(consoles[name].awaiting(word)))
                     agent.call("mark", text=word)
             for arrived in arrivals:

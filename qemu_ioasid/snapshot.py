@@ -33,7 +33,7 @@ KIND = "snapshot"
 #: Changes with the layout of the folder.
 _VERSION = 1
 #: How many snapshots stay in the cache; the least recently used goes first. Each is some 400 MB.
-KEPT = 12
+KEPT = 32
 
 _RAM, _STATE, _TOLD = "ram", "state", "snapshot.json"
 _CHUNK = 32 << 20

@@ -199,13 +199,8 @@ def test_made_once_then_restored_and_rebuilt_when_damaged(
         assert "boot the host VM" in phases and "restore the rig" in phases
         assert _only(private_cache) == made
 
-    os.utime(made / "ram")
-    rebuilt("no snapshot to restore (ram was changed after it was saved)")
     _change(made / "state", 5000, keep_time=True)
     rebuilt("no snapshot to restore (state has other bytes than were saved)")
-    (made / "ram").chmod(0o600)
-    os.truncate(made / "ram", 1 << 20)
-    rebuilt("no snapshot to restore (ram has 1048576 bytes")
     _change(made / "ram", 100 << 20, keep_time=True)
     rebuilt("no snapshot to restore (ram has other bytes than were saved)", "--verify")
 

@@ -45,6 +45,12 @@ def ours(token: str) -> list[int]:
     return reaper.marked(token)
 
 
+def _arguments(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 class Running:
     """``qemu-ioasid``, or another *command* with its arguments, under way without a terminal."""
 
@@ -83,11 +89,11 @@ class Running:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             base = Path(self.environment["XDG_RUNTIME_DIR"]) / "qemu_ioasid"
-            for name in os.listdir(base) if base.exists() else []:
-                for pid in ours(name):
-                    with contextlib.suppress(OSError):
-                        if words in Path(f"/proc/{pid}/cmdline").read_bytes():
-                            return name
+            # It goes with the last run in it: Avocado's other processes have runs of their own.
+            with contextlib.suppress(FileNotFoundError):
+                for name in os.listdir(base):
+                    if any(words in _arguments(pid) for pid in ours(name)):
+                        return name
             time.sleep(0.02)
         raise AssertionError(f"no child with {words!r}")
 
