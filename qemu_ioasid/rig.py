@@ -272,7 +272,7 @@ class Rig:
         wherever the guest then is, when the host VM's processor is kicked out of it before it left
         by itself, as it is to be stopped (target/i386/tcg/system/svm_helper.c, helper_vmrun():
         exception_index keeps the vector). A guest that holds a lock then waits for itself for ever,
-        in every rig restored from there. Patch 5 of the series has KVM avoid it; not every kernel
+        in every rig restored from there. The series has KVM avoid it; not every kernel
         has that.
         """
         self.host.agent.call("freeze", seconds=SETTLE_SECONDS * calibration())

@@ -50,6 +50,7 @@ class Guest:
         self.operations: Mapping[str, Callable[..., Any]] = {
             **{name: getattr(self, name) for name in OPERATIONS},
             **self._common.operations,
+            **self._own.operations,
             "submit": self._own.submit,
             "submit_start": self._own.submit_start,
             "submit_wait": self._own.submit_wait,
@@ -176,6 +177,7 @@ class Guest:
     def reset(self) -> Json:
         """Nothing is mapped, nothing bound, as when the devices were opened; the kernel's news."""
         for opened in self._own.all():
+            opened.irq_stop()
             opened.unmap_all()
         with self._lock:
             self._bindings.clear()

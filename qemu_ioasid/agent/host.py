@@ -71,6 +71,7 @@ class Host:
         self._common = Common()
         self.operations: Mapping[str, Callable[..., Any]] = {
             **self._common.operations,
+            **self._own.operations,
             **self._slow.operations,
             **{name: getattr(self, name) for name in OPERATIONS},
             **Batches(self._registrar, self._device, self._iommufd).operations,

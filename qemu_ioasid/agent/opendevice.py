@@ -8,11 +8,13 @@ import threading
 from contextlib import ExitStack
 
 from qemu_ioasid.agent.iommufd import Iommufd
-from qemu_ioasid.agent.pdma import Batch, Completion, Descriptor, Ring
+from qemu_ioasid.agent.pdma import Batch, Completion, Descriptor, Fault, Ring
+from qemu_ioasid.agent.vectors import Vectors
 from qemu_ioasid.agent.vfio import VfioDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     Json = dict[str, Any]
@@ -32,7 +34,27 @@ class OpenDevice:
             self.ioas = self.iommufd.ioas_alloc()
             self.device.attach(self.ioas)
             self.ring = stack.enter_context(Ring(self.device))
+            self._vectors: Vectors | None = None
+            stack.callback(self.irq_stop)
             self._stack = stack.pop_all()
+
+    @property
+    def vectors(self) -> Vectors:
+        """The vectors of irq_start. Raises KeyError when it was not called."""
+        if self._vectors is None:
+            raise KeyError(f"the interrupts of {self.device.name!r} are not started")
+        return self._vectors
+
+    def irq_start(self) -> None:
+        """Every vector gets an eventfd, and is counted from here on."""
+        self.irq_stop()
+        self._vectors = Vectors(self.device)
+
+    def irq_stop(self) -> None:
+        """No vector has an eventfd."""
+        vectors, self._vectors = self._vectors, None
+        if vectors is not None:
+            vectors.close()
 
     def unmap_all(self) -> None:
         """Empties the address space for work without a PASID."""
@@ -58,8 +80,8 @@ def _parsed(items: list[Json]) -> list[Descriptor]:
     return [Descriptor(**item) for item in items]
 
 
-def _reported(completions: list[Completion]) -> list[Json]:
-    return [{name: getattr(c, name) for name in Completion.__slots__} for c in completions]
+def _reported(records: list[Completion] | list[Fault]) -> list[Json]:
+    return [{name: getattr(each, name) for name in each.__slots__} for each in records]
 
 
 class OwnDevices:
@@ -73,6 +95,10 @@ class OwnDevices:
         self._devices: dict[str, OpenDevice] = {}
         self._tickets: dict[int, tuple[OpenDevice, Batch]] = {}
         self._numbers = itertools.count(1)
+        self.operations: Mapping[str, Callable[..., Any]] = {
+            name: getattr(self, name)
+            for name in ("device_faults", "irq_start", "irq_wait", "irq_stop")
+        }
 
     def get(self, name: str) -> OpenDevice:
         """The device of this name."""
@@ -142,3 +168,20 @@ class OwnDevices:
     def registers(self, name: str) -> Json:
         """The registers of a device."""
         return self.get(name).ring.registers()
+
+    def device_faults(self, name: str, since: int = 0) -> Json:
+        """What a device's fault log still has from record `since` on."""
+        count, faults = self.get(name).ring.faults(since)
+        return {"count": count, "faults": _reported(faults)}
+
+    def irq_start(self, name: str) -> None:
+        """Takes a device's interrupts."""
+        self.get(name).irq_start()
+
+    def irq_wait(self, name: str, vector: int, seconds: float) -> Json:
+        """Waits for an interrupt. Raises TimeoutError."""
+        return {"count": self.get(name).vectors.wait(vector, seconds)}
+
+    def irq_stop(self, name: str) -> None:
+        """Lets go of a device's interrupts."""
+        self.get(name).irq_stop()

@@ -26,9 +26,11 @@ REGISTERS = {
     "MAX_LENGTH": uapi.PDMA_REG_MAX_LENGTH,
     "PASID_BITS": uapi.PDMA_REG_PASID_BITS,
     "OPCODES": uapi.PDMA_REG_OPCODES,
+    "FAULT_ENTRIES": uapi.PDMA_REG_FAULT_ENTRIES,
     "TAIL": uapi.PDMA_REG_TAIL,
     "HEAD": uapi.PDMA_REG_HEAD,
     "STATUS": uapi.PDMA_REG_STATUS,
+    "FAULT_COUNT": uapi.PDMA_REG_FAULT_COUNT,
 }
 
 STATUS = {
@@ -36,19 +38,42 @@ STATUS = {
     uapi.PDMA_COMPLETION_REFUSED: "REFUSED",
     uapi.PDMA_COMPLETION_FAULT: "FAULT",
     uapi.PDMA_COMPLETION_INVALID: "INVALID",
+    uapi.PDMA_COMPLETION_DIFFERENT: "DIFFERENT",
+}
+
+REASON = {
+    uapi.PDMA_FAULT_OPCODE: "OPCODE",
+    uapi.PDMA_FAULT_FLAGS: "FLAGS",
+    uapi.PDMA_FAULT_NO_PASID: "NO_PASID",
+    uapi.PDMA_FAULT_LENGTH: "LENGTH",
+    uapi.PDMA_FAULT_WRAP: "WRAP",
+    uapi.PDMA_FAULT_NOT_LISTED: "NOT_LISTED",
+    uapi.PDMA_FAULT_UNMAPPED: "UNMAPPED",
+    uapi.PDMA_FAULT_NO_RIGHT: "NO_RIGHT",
+    uapi.PDMA_FAULT_GONE: "GONE",
+    uapi.PDMA_FAULT_ENDED: "ENDED",
+    uapi.PDMA_FAULT_OTHER: "OTHER",
+}
+
+ACCESS = {
+    uapi.PDMA_ACCESS_NONE: "NONE",
+    uapi.PDMA_ACCESS_READ: "READ",
+    uapi.PDMA_ACCESS_WRITE: "WRITE",
 }
 
 _COUNT = 1 << 32
 _DESC = ctypes.sizeof(uapi.pdma_desc)
 _COMPLETION = ctypes.sizeof(uapi.pdma_completion)
+_FAULT = ctypes.sizeof(uapi.pdma_fault)
 _COMMAND = 0x04  # PCI_COMMAND (include/uapi/linux/pci_regs.h)
 _MEMORY_AND_MASTER = 0x06
 
 
 class Descriptor:
-    """One piece of work. src and dst are IOVAs; length is in bytes.
+    """One piece of work. src (for FILL 8 bytes to store) and dst are IOVAs; length is in bytes.
 
-    pasid None: the device's own address space. flags None: what pasid implies; given: as it is.
+    pasid None: the device's own address space. interrupt: raise vector 0 when it has ended.
+    flags None: what pasid and interrupt imply; given: as it is.
     """
 
     __slots__ = ("dst", "flags", "length", "opcode", "pasid", "src")
@@ -61,20 +86,25 @@ class Descriptor:
         pasid: int | None = None,
         opcode: int = uapi.PDMA_OP_COPY,
         flags: int | None = None,
+        interrupt: bool = False,
     ) -> None:
         self.src = src
         self.dst = dst
         self.length = length
         self.pasid = pasid or 0
         self.opcode = opcode
-        self.flags = flags if flags is not None else 0 if pasid is None else uapi.PDMA_DESC_PASID
+        if flags is None:
+            flags = 0 if pasid is None else uapi.PDMA_DESC_PASID
+            flags |= uapi.PDMA_DESC_INTERRUPT if interrupt else 0
+        self.flags = flags
 
 
 class Completion:
     """What the device reports of one descriptor.
 
-    status: a name of STATUS, or the bare number. error: positive errno. addr: the faulting IOVA.
-    done: bytes written for certain; a fault may have written more, up to the edge of what is bound.
+    status: a name of STATUS, or the bare number. error: positive errno. addr: the IOVA to blame.
+    done: bytes written for certain (a fault may have written more, up to the edge of what is
+    bound), or equal.
     """
 
     __slots__ = ("addr", "done", "error", "pasid", "seq", "status")
@@ -86,6 +116,25 @@ class Completion:
         self.error = int(record.error)
         self.addr = int(record.addr)
         self.done = int(record.done)
+
+
+class Fault:
+    """Why one descriptor was not carried out: a record of the fault log.
+
+    reason, access: names of REASON and ACCESS, or the bare number. count: the descriptor's, so
+    that its completion's seq is count + 1. The rest is as in the completion.
+    """
+
+    __slots__ = ("access", "addr", "count", "error", "pasid", "reason", "seq")
+
+    def __init__(self, record: uapi.pdma_fault) -> None:
+        self.seq = int(record.seq)
+        self.reason: str | int = REASON.get(record.reason, int(record.reason))
+        self.count = int(record.count)
+        self.pasid = int(record.pasid)
+        self.error = int(record.error)
+        self.access: str | int = ACCESS.get(record.access, int(record.access))
+        self.addr = int(record.addr)
 
 
 class Batch:
@@ -135,6 +184,24 @@ class Ring:
     def registers(self) -> dict[str, int]:
         """All registers of BAR0."""
         return {name: self.register(name) for name in REGISTERS}
+
+    def faults(self, since: int = 0) -> tuple[int, list[Fault]]:
+        """FAULT_COUNT, and those of the log's records from count `since` on that are still there.
+
+        In order. A record that is overwritten or cleared meanwhile is left out.
+        """
+        count = self.register("FAULT_COUNT")
+        kept = min((count - since) % _COUNT, uapi.PDMA_FAULT_ENTRIES)
+        records = (self._fault((count - back) % _COUNT) for back in range(kept, 0, -1))
+        return count, [Fault(record) for record in records if record]
+
+    def _fault(self, number: int) -> uapi.pdma_fault | None:
+        start = uapi.PDMA_FAULT_OFFSET + number % uapi.PDMA_FAULT_ENTRIES * _FAULT
+        read = self.device.read
+        words = [read(self._registers, start + at, 4) for at in range(0, _FAULT, 4)]
+        seq = int.from_bytes(read(self._registers, start, 4), "little")
+        record = uapi.pdma_fault.from_buffer_copy(b"".join(words))
+        return record if record.seq == seq == (number + 1) % _COUNT else None
 
     def submit(self, descriptors: Sequence[Descriptor]) -> Batch:
         """Writes the descriptors and rings the doorbell once. Does not wait.

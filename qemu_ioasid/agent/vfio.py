@@ -156,6 +156,24 @@ class VfioDevice:
         self.descriptor.ioctl(uapi.VFIO_DEVICE_GET_REGION_INFO, argument)
         return Region(index, int(argument.flags), int(argument.size), int(argument.offset))
 
+    def irq_info(self, index: int) -> tuple[int, int]:
+        """(VFIO_IRQ_INFO_*, number of vectors) of an interrupt index."""
+        argument = uapi.vfio_irq_info(argsz=ctypes.sizeof(uapi.vfio_irq_info), index=index)
+        self.descriptor.ioctl(uapi.VFIO_DEVICE_GET_IRQ_INFO, argument)
+        return int(argument.flags), int(argument.count)
+
+    def set_irqs(self, index: int, flags: int, start: int, count: int, data: bytes = b"") -> None:
+        """VFIO_DEVICE_SET_IRQS. data is what the VFIO_IRQ_SET_DATA_* of flags says, per vector."""
+        header = uapi.vfio_irq_set(
+            argsz=ctypes.sizeof(uapi.vfio_irq_set) + len(data),
+            flags=flags,
+            index=index,
+            start=start,
+            count=count,
+        )
+        with self.descriptor.borrowed() as fd:
+            fcntl.ioctl(fd, uapi.VFIO_DEVICE_SET_IRQS, bytes(header) + data)
+
     def read(self, region: Region, offset: int, length: int) -> bytes:
         """Bytes of a region; may be shorter than length."""
         with self.descriptor.borrowed() as fd:

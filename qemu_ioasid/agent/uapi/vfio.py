@@ -11,6 +11,8 @@ VFIO_BASE = 100
 
 VFIO_DEVICE_GET_INFO = _IO(VFIO_TYPE, VFIO_BASE + 7)
 VFIO_DEVICE_GET_REGION_INFO = _IO(VFIO_TYPE, VFIO_BASE + 8)
+VFIO_DEVICE_GET_IRQ_INFO = _IO(VFIO_TYPE, VFIO_BASE + 9)
+VFIO_DEVICE_SET_IRQS = _IO(VFIO_TYPE, VFIO_BASE + 10)
 VFIO_DEVICE_RESET = _IO(VFIO_TYPE, VFIO_BASE + 11)
 VFIO_DEVICE_BIND_IOMMUFD = _IO(VFIO_TYPE, VFIO_BASE + 18)
 VFIO_DEVICE_ATTACH_IOMMUFD_PT = _IO(VFIO_TYPE, VFIO_BASE + 19)
@@ -26,6 +28,16 @@ VFIO_REGION_INFO_FLAG_MMAP = 1 << 2
 VFIO_PCI_BAR0_REGION_INDEX = 0
 VFIO_PCI_BAR2_REGION_INDEX = 2
 VFIO_PCI_CONFIG_REGION_INDEX = 7
+
+VFIO_PCI_MSIX_IRQ_INDEX = 2
+
+VFIO_IRQ_INFO_EVENTFD = 1 << 0
+
+VFIO_IRQ_SET_DATA_NONE = 1 << 0
+VFIO_IRQ_SET_DATA_BOOL = 1 << 1
+VFIO_IRQ_SET_DATA_EVENTFD = 1 << 2
+VFIO_IRQ_SET_ACTION_MASK = 1 << 3
+VFIO_IRQ_SET_ACTION_TRIGGER = 1 << 5
 
 VFIO_DEVICE_ATTACH_PASID = 1 << 0
 VFIO_DEVICE_DETACH_PASID = 1 << 0
@@ -50,6 +62,26 @@ class vfio_region_info(Structure):
         ("cap_offset", c_uint32),
         ("size", c_uint64),
         ("offset", c_uint64),
+    ]
+
+
+class vfio_irq_info(Structure):
+    _fields_ = [
+        ("argsz", c_uint32),
+        ("flags", c_uint32),
+        ("index", c_uint32),
+        ("count", c_uint32),
+    ]
+
+
+class vfio_irq_set(Structure):
+    # its data follow: a byte or a signed fd of 32 bits for each vector, or nothing
+    _fields_ = [
+        ("argsz", c_uint32),
+        ("flags", c_uint32),
+        ("index", c_uint32),
+        ("start", c_uint32),
+        ("count", c_uint32),
     ]
 
 

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Runs in the host VM, with the agent's modules, on an mdev nobody has open: device.py UUID PART.
+
+What no operation of the agent does, since no honest program does it. Answers with a line of JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Callable
+
+sys.path.insert(0, "/run/agent")
+
+from qemu_ioasid.agent.libc import address_of
+from qemu_ioasid.agent.opendevice import OpenDevice
+from qemu_ioasid.agent.pdma import Descriptor
+from qemu_ioasid.agent.uapi import pdma
+from qemu_ioasid.agent.uapi import vfio as uapi
+from qemu_ioasid.agent.vfio import MDEV_DEVICES
+
+PAGE = 4096
+PASID = 7
+IOVA = 1 << 32
+TRIGGER = uapi.VFIO_IRQ_SET_ACTION_TRIGGER
+EVENTFD, NONE, BOOL = (
+    uapi.VFIO_IRQ_SET_DATA_EVENTFD,
+    uapi.VFIO_IRQ_SET_DATA_NONE,
+    uapi.VFIO_IRQ_SET_DATA_BOOL,
+)
+MSIX = uapi.VFIO_PCI_MSIX_IRQ_INDEX
+
+
+def answer(call: Callable[[], object]) -> str:
+    """What the kernel answers: "0", or the errno's name."""
+    try:
+        call()
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    return "0"
+
+
+def mapped(opened: OpenDevice) -> int:
+    """An IOAS with a page of this process at IOVA."""
+    memory = mmap.mmap(-1, PAGE)
+    kept.append(memory)
+    ioas = opened.iommufd.ioas_alloc()
+    opened.iommufd.ioas_map(ioas, address_of(memory), PAGE, IOVA)
+    return ioas
+
+
+kept: list[mmap.mmap] = []
+
+
+def attach_unwritable(opened: OpenDevice, ioas: int, pasid: int | None) -> str:
+    """The attach with its argument in memory that this process may only read."""
+    flags = 0 if pasid is None else uapi.VFIO_DEVICE_ATTACH_PASID
+    argument = uapi.vfio_device_attach_iommufd_pt(
+        argsz=ctypes.sizeof(uapi.vfio_device_attach_iommufd_pt),
+        flags=flags,
+        pt_id=ioas,
+        pasid=pasid or 0,
+    )
+    memory = mmap.mmap(-1, PAGE)
+    memory[: len(bytes(argument))] = bytes(argument)
+    address = address_of(memory)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(address), PAGE, mmap.PROT_READ):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    with opened.device.descriptor.borrowed() as fd:
+        request = ctypes.c_ulong(uapi.VFIO_DEVICE_ATTACH_IOMMUFD_PT)
+        if libc.ioctl(fd, request, ctypes.c_void_p(address)):
+            return errno.errorcode[ctypes.get_errno()]
+    return "0"
+
+
+def works(opened: OpenDevice, pasid: int | None) -> str | int:
+    """What becomes of a FILL of the page at IOVA."""
+    work = Descriptor(src=1, dst=IOVA, length=8, pasid=pasid, opcode=pdma.PDMA_OP_FILL)
+    return opened.ring.wait(opened.ring.submit([work]), 10)[0].status
+
+
+def copy_out(opened: OpenDevice) -> object:
+    """EFAULT from an attach: what is attached after it."""
+    first, second = mapped(opened), mapped(opened)
+    opened.device.attach(first)
+    told = {}
+
+    def tell(name: str, pasid: int | None) -> None:
+        said = attach_unwritable(opened, second, pasid)
+        told[name] = [said, works(opened, PASID), works(opened, None)]
+
+    tell("new", PASID)
+    opened.device.attach_pasid(PASID, first)
+    tell("replace", PASID)
+    opened.device.attach_pasid(PASID, first)
+    tell("own", None)
+    told["again"] = [
+        answer(lambda: opened.device.attach_pasid(PASID, second)),
+        works(opened, PASID),
+    ]
+    return told
+
+
+def set_irqs(opened: OpenDevice) -> object:
+    """Each way of asking for interrupts, and whether the vectors raise the eventfds they should."""
+    device = opened.device
+    one, two = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
+
+    def ask(
+        kind: int, start: int, count: int, *data: int, action: int = TRIGGER, index: int = MSIX
+    ) -> str:
+        packed = bytes(data) if kind == BOOL else struct.pack(f"={len(data)}i", *data)
+        return answer(lambda: device.set_irqs(index, action | kind, start, count, packed))
+
+    def raised() -> list[int]:
+        counts = []
+        for fd in (one, two):
+            try:
+                counts.append(os.eventfd_read(fd))
+            except BlockingIOError:
+                counts.append(0)
+        return counts
+
+    indexes = range(5)
+    told = {
+        "info": [device.irq_info(index) for index in indexes],
+        "other indexes": [ask(NONE, 0, 0, index=index) for index in indexes if index != MSIX],
+        "no such index": ask(NONE, 0, 0, index=5),
+        "past the end": [ask(EVENTFD, 0, 3, one, one, one), ask(EVENTFD, 2, 0), ask(NONE, 1, 2)],
+        "wrapping": ask(NONE, 1, 0xFFFFFFFF),
+        "two kinds": ask(EVENTFD | NONE, 0, 1, one),
+        "unknown flag": ask(NONE, 0, 1, action=TRIGGER | 1 << 6),
+        "no action": ask(NONE, 0, 1, action=0),
+        "mask": ask(NONE, 0, 1, action=uapi.VFIO_IRQ_SET_ACTION_MASK),
+        "too short": ask(EVENTFD, 0, 2, one),
+        "nothing to raise": [ask(NONE, 0, 2), raised()],
+        "both": [ask(EVENTFD, 0, 2, one, two), ask(NONE, 0, 2), raised()],
+        "chosen": [ask(BOOL, 0, 2, 0, 1), raised()],
+        "no eventfd": [ask(EVENTFD, 0, 2, two, 0), ask(EVENTFD, 0, 2, two, 999)],
+        "nothing changed": [ask(NONE, 0, 1), raised()],
+        "swapped": [ask(EVENTFD, 1, 1, one), ask(NONE, 1, 1), raised()],
+        "one away": [ask(EVENTFD, 0, 1, -1), ask(NONE, 0, 2), raised()],
+    }
+    opened.ring.reset()
+    told["reset"] = [ask(NONE, 0, 2), raised()]
+    told["all away"] = [ask(NONE, 0, 0), ask(NONE, 0, 2), raised()]
+    return told
+
+
+def log_written(opened: OpenDevice) -> object:
+    """Writes to the log and to BAR4; the log of one refusal before and after, and what BAR4 has."""
+    device, ring = opened.device, opened.ring
+    ring.wait(ring.submit([Descriptor(pasid=PASID, opcode=pdma.PDMA_OP_NOP)]), 10)
+    bar0, bar4 = device.region(0), device.region(pdma.PDMA_MSIX_BAR)
+    words = range(pdma.PDMA_FAULT_OFFSET, pdma.PDMA_REGS_SIZE, 4)
+    before = [device.read(bar0, at, 4) for at in words]
+    for at in (*words, pdma.PDMA_REG_FAULT_COUNT, pdma.PDMA_REG_FAULT_ENTRIES):
+        device.write(bar0, at, b"\xff\xff\xff\xff")
+    device.write(bar4, 1, b"\xff" * (PAGE - 1))
+    return {
+        "logged": ring.register("FAULT_COUNT"),
+        "same": [device.read(bar0, at, 4) for at in words] == before,
+        "bar4": [bar4.size, bar4.flags, device.read(bar4, 0, PAGE) == bytes(PAGE)],
+        "outside": answer(lambda: device.write(bar4, 1, bytes(PAGE))),
+    }
+
+
+def main() -> None:
+    uuid, part = sys.argv[1:]
+    with OpenDevice("device", f"{MDEV_DEVICES}/{uuid}", "device") as opened:
+        print(
+            json.dumps({"copy-out": copy_out, "irqs": set_irqs, "log": log_written}[part](opened))
+        )
+
+
+if __name__ == "__main__":
+    main()
