@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+def with_several(operations: Mapping[str, Callable[..., Any]]) -> Mapping[str, Callable[..., Any]]:
+    """The operations and one more, which does several of them in one request."""
+
+    def several(calls: list[dict[str, Any]]) -> list[Any]:
+        """Does one after another; ends at the first error, and is it."""
+        return [operations[call["op"]](**call.get("args", {})) for call in calls]
+
+    return {**operations, "several": several}
+
+
 class Common:
     """Operations of both roles."""
 

@@ -7,7 +7,7 @@ import threading
 from contextlib import ExitStack
 
 from qemu_ioasid.agent.arena import SIZE, Arena
-from qemu_ioasid.agent.common import Common
+from qemu_ioasid.agent.common import Common, with_several
 from qemu_ioasid.agent.hello import machine
 from qemu_ioasid.agent.iommufd import IOMMU
 from qemu_ioasid.agent.opendevice import OwnDevices
@@ -54,9 +54,12 @@ class Guest:
             "submit": self._own.submit,
             "submit_start": self._own.submit_start,
             "submit_wait": self._own.submit_wait,
+            "submit_rewrite": self._own.submit_rewrite,
+            "device_doorbell": self._own.doorbell,
             "device_reset": self._own.reset,
             "device_registers": self._own.registers,
         }
+        self.operations = with_several(self.operations)
 
     def close(self) -> None:
         """Closes the devices and frees the arena."""

@@ -9,12 +9,14 @@ from contextlib import ExitStack, suppress
 
 from qemu_ioasid.agent import kernellist, mdev
 from qemu_ioasid.agent.batches import Batches
-from qemu_ioasid.agent.common import Common
+from qemu_ioasid.agent.common import Common, with_several
 from qemu_ioasid.agent.deadline import wait_for
 from qemu_ioasid.agent.guestvm import GuestVm
 from qemu_ioasid.agent.hello import executable, machine
+from qemu_ioasid.agent.holder import Holders
 from qemu_ioasid.agent.iommufd import IOMMU, Iommufd
 from qemu_ioasid.agent.opendevice import OwnDevices
+from qemu_ioasid.agent.raw import Raw
 from qemu_ioasid.agent.registrar import Registrar
 from qemu_ioasid.agent.slowmemory import USERFAULTFD, SlowMemories
 from qemu_ioasid.agent.vfio import MDEV_DEVICES, VfioDevice
@@ -39,8 +41,8 @@ OPERATIONS = (
     "hello", "mdev_create", "mdev_remove", "guest_start", "guest_status", "guest_stop",
     "guest_forget", "freeze", "thaw", "wake",
     "ioas_alloc", "ioas_destroy", "ioas_map_guest", "ioas_unmap", "pasid_alloc",
-    "pasid_free", "pasids", "register", "replace", "unregister", "ledger", "audit", "raw_attach",
-    "raw_detach", "kernel_list", "kernel_table", "wait_blocked", "watch", "changes", "read",
+    "pasid_free", "pasids", "register", "replace", "unregister", "ledger", "audit",
+    "kernel_list", "kernel_table", "wait_blocked", "watch", "changes", "read",
     "trace_start", "trace_clear", "trace_read", "trace_stop", "device_open", "device_close",
     "reset",
 )
@@ -66,6 +68,8 @@ class Host:
         self._own = OwnDevices()
         self._watches: dict[str, Watch] = {}
         self._slow = SlowMemories(self._iommufd)
+        self._raw = Raw(self._device, self._iommufd, self._uuids)
+        self._holders = Holders(self._raw.device, self._iommufd, self._spawning)
         self._trace: AccessTrace | None = None
         self._spawner: Spawner | None = None
         self._common = Common()
@@ -75,10 +79,16 @@ class Host:
             **self._slow.operations,
             **{name: getattr(self, name) for name in OPERATIONS},
             **Batches(self._registrar, self._device, self._iommufd).operations,
+            **self._raw.operations,
+            **self._holders.operations,
             "device_submit": self._own.submit,
+            "device_submit_start": self._own.submit_start,
+            "device_submit_wait": self._own.submit_wait,
             "device_reset": self._own.reset,
+            "device_doorbell": self._own.doorbell,
             "device_registers": self._own.registers,
         }
+        self.operations = with_several(self.operations)
 
     def close(self) -> None:
         """Ends everything: sleepers wake, guests die, devices close, mdevs go."""
@@ -89,6 +99,8 @@ class Host:
             for guest in guests:
                 stack.callback(guest.stop, STOP_SECONDS)
             stack.callback(self._own.close)
+            stack.callback(self._raw.close)
+            stack.callback(self._holders.close)
             for guest in guests:
                 if guest.running:
                     stack.callback(guest.kill)
@@ -187,13 +199,9 @@ class Host:
         inherit: list[int] | None = None,
     ) -> Json:
         """Starts a guest's QEMU with every fd it needs."""
-        from qemu_ioasid.agent.spawn import Spawner
-
         with self._opening, ExitStack() as stack:
             if name in self._guests:
                 raise OSError(errno.EEXIST, f"there is a guest {name!r}")
-            if self._spawner is None:
-                self._spawner = Spawner()
             iommufd = stack.enter_context(Iommufd.open(name))
             opened = {}
             for label, uuid in devices.items():
@@ -206,13 +214,21 @@ class Host:
             with self._lock:
                 self._guests[name] = guest
             stack.callback(self._guests.pop, name)
-            pid = guest.start(self._spawner, argv, sockets, self._guest_gone, inherit or ())
+            pid = guest.start(self._spawning(), argv, sockets, self._guest_gone, inherit or ())
             stack.pop_all()
         return {
             "pid": pid,
             "sockets": guest.socket_paths,
             "devices": {label: device.cdev for label, device in opened.items()},
         }
+
+    def _spawning(self) -> Spawner:
+        from qemu_ioasid.agent.spawn import Spawner
+
+        with self._lock:
+            if self._spawner is None:
+                self._spawner = Spawner()
+            return self._spawner
 
     def _guest_gone(self, guest: GuestVm) -> None:
         for device in guest.devices.values():
@@ -338,6 +354,8 @@ class Host:
     def reset(self) -> Json:
         """As it was before anybody registered anything; the kernel's word on that, and its news."""
         self._slow.close()
+        self._holders.close()
+        self._raw.close()
         for opened in self._own.all():
             self.device_close(opened.device.name)
         self._registrar.clear()
@@ -363,22 +381,7 @@ class Host:
             "running": sorted(guest.name for guest in self._guests.values() if guest.running),
         }
 
-    # --- straight to the kernel ---------------------------------------------------------
-
-    def raw_attach(self, device: str, ioas: int, pasid: int | None = None) -> Json:
-        """An attach with no ledger and no check: what an attacker with the fd would do."""
-        target = self._device(device)
-        if pasid is None:
-            return {"pt_id": target.attach(ioas)}
-        return {"pt_id": target.attach_pasid(pasid, ioas)}
-
-    def raw_detach(self, device: str, pasid: int | None = None) -> None:
-        """A detach with no ledger and no check."""
-        target = self._device(device)
-        if pasid is None:
-            target.detach()
-        else:
-            target.detach_pasid(pasid)
+    # --- the kernel's own word ----------------------------------------------------------
 
     def kernel_list(self, device: str) -> list[Json]:
         """The kernel's own list of a device, open or not."""

@@ -39,6 +39,13 @@ def address_of(memory: object) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))  # type: ignore[arg-type]
 
 
+def protect(address: int, length: int, protection: int) -> None:
+    """mprotect(2), of whole pages. Raises OSError."""
+    pointer, size = ctypes.c_void_p(address), ctypes.c_size_t(length)
+    if _libc.mprotect(pointer, size, protection):
+        raise OSError(ctypes.get_errno(), "mprotect")
+
+
 def same_bytes(one: object, offset: int, other: object, start: int, length: int) -> bool:
     """Whether two writable buffers, at offset and start, hold the same bytes, all inside them."""
     return not _libc.memcmp(

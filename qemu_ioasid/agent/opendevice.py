@@ -84,6 +84,11 @@ def _reported(records: list[Completion] | list[Fault]) -> list[Json]:
     return [{name: getattr(each, name) for name in each.__slots__} for each in records]
 
 
+def completions(ring: Ring, descriptors: list[Json], seconds: float) -> list[Json]:
+    """Submits a batch and waits for what the device reports of it. Raises TimeoutError."""
+    return _reported(ring.wait(ring.submit(_parsed(descriptors)), seconds))
+
+
 class OwnDevices:
     """The open devices by name, with the operations on them that both roles offer.
 
@@ -138,8 +143,7 @@ class OwnDevices:
 
     def submit(self, name: str, descriptors: list[Json], seconds: float) -> list[Json]:
         """Submits a batch and waits for its completions. Raises TimeoutError."""
-        ring = self.get(name).ring
-        return _reported(ring.wait(ring.submit(_parsed(descriptors)), seconds))
+        return completions(self.get(name).ring, descriptors, seconds)
 
     def submit_start(self, name: str, descriptors: list[Json]) -> Json:
         """Submits a batch and does not wait."""
@@ -152,14 +156,28 @@ class OwnDevices:
 
     def submit_wait(self, ticket: int, seconds: float) -> list[Json]:
         """Waits for a batch of submit_start. TimeoutError keeps the ticket."""
+        opened, batch = self._ticket(ticket)
+        records = opened.ring.wait(batch, seconds)
+        with self._lock:
+            self._tickets.pop(ticket, None)
+        return _reported(records)
+
+    def _ticket(self, ticket: int) -> tuple[OpenDevice, Batch]:
         with self._lock:
             if ticket not in self._tickets:
                 raise KeyError(f"no ticket {ticket}")
-            opened, batch = self._tickets[ticket]
-        completions = opened.ring.wait(batch, seconds)
-        with self._lock:
-            self._tickets.pop(ticket, None)
-        return _reported(completions)
+            return self._tickets[ticket]
+
+    def submit_rewrite(self, ticket: int, index: int, descriptor: Json) -> None:
+        """Puts another descriptor in the place of one that was submitted."""
+        opened, batch = self._ticket(ticket)
+        opened.ring.rewrite(batch, index, Descriptor(**descriptor))
+
+    def doorbell(self, name: str, tail: int) -> Json:
+        """Writes TAIL as it is, past all counting; the registers after that."""
+        ring = self.get(name).ring
+        ring.ring_doorbell(tail)
+        return ring.registers()
 
     def reset(self, name: str) -> None:
         """Resets a device."""

@@ -217,24 +217,39 @@ class Ring:
                 raise OSError(errno.EAGAIN, f"{self.device.name}: the ring is full")
             for number, descriptor in enumerate(descriptors, first):
                 slot = number % uapi.PDMA_RING_ENTRIES
-                record = uapi.pdma_desc(
-                    opcode=descriptor.opcode,
-                    flags=descriptor.flags,
-                    pasid=descriptor.pasid,
-                    length=descriptor.length,
-                    src=descriptor.src,
-                    dst=descriptor.dst,
-                )
-                start = uapi.PDMA_DESC_OFFSET + slot * _DESC
-                self._memory[start : start + _DESC] = bytes(record)
+                self._put(slot, descriptor)
                 # a record of before a reset may carry the number that is expected next
                 start = uapi.PDMA_COMPLETION_OFFSET + slot * _COMPLETION
                 self._memory[start : start + _COMPLETION] = bytes(_COMPLETION)
             tail = (first + len(descriptors)) % _COUNT
-            doorbell = tail.to_bytes(4, "little")
-            self.device.write(self._registers, uapi.PDMA_REG_TAIL, doorbell)
+            self.ring_doorbell(tail)
             self._tail = tail
             return Batch(first, len(descriptors), self._resets)
+
+    def _put(self, slot: int, descriptor: Descriptor) -> None:
+        record = uapi.pdma_desc(
+            opcode=descriptor.opcode,
+            flags=descriptor.flags,
+            pasid=descriptor.pasid,
+            length=descriptor.length,
+            src=descriptor.src,
+            dst=descriptor.dst,
+        )
+        start = uapi.PDMA_DESC_OFFSET + slot * _DESC
+        self._memory[start : start + _DESC] = bytes(record)
+
+    def rewrite(self, batch: Batch, index: int, descriptor: Descriptor) -> None:
+        """Overwrites a descriptor of a batch where it lies, whatever the device does with it.
+
+        Raises ValueError: the batch has no such descriptor.
+        """
+        if not 0 <= index < batch.count:
+            raise ValueError(f"a batch of {batch.count} descriptors has no number {index}")
+        self._put((batch.first + index) % uapi.PDMA_RING_ENTRIES, descriptor)
+
+    def ring_doorbell(self, tail: int) -> None:
+        """Writes TAIL, and nothing else: what submit() counts is not changed."""
+        self.device.write(self._registers, uapi.PDMA_REG_TAIL, tail.to_bytes(4, "little"))
 
     def wait(self, batch: Batch, seconds: float) -> list[Completion]:
         """The batch's completions, in order of submission.

@@ -10,7 +10,7 @@ from qemu_ioasid.config import RigConfig
 from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Rig
-from qemu_ioasid.scenarios import isolation, stage
+from qemu_ioasid.scenarios import attacks, isolation, stage
 from qemu_ioasid.scenarios.table import Row
 
 
@@ -23,6 +23,7 @@ class Scenario(NamedTuple):
 
 SCENARIOS = {
     "isolation": Scenario(isolation.rows, isolation.run),
+    "attacks": Scenario(attacks.rows, attacks.run),
     "boot": Scenario(stage.rows, stage.run),
 }
 

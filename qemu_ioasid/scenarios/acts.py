@@ -7,7 +7,9 @@ import errno
 import itertools
 from collections.abc import Sequence
 
+from qemu_ioasid.config import RigConfig
 from qemu_ioasid.deadline import calibration
+from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.report import Attempt, Report
 from qemu_ioasid.rig import Binding, Completion, Descriptor, Guest, Rig, copy
 from qemu_ioasid.scenarios.checks import Checks, Trial
@@ -21,6 +23,21 @@ HALF = SLOT // 2
 LENGTH, SOURCE_AT, TARGET_AT = 4099, 5, HALF + 3
 #: Where work without a PASID finds its slot in the device's own address space.
 OWN_IOVA = 0x4000_0000
+
+
+def parts(config: RigConfig, scenario: str) -> dict[str, str]:
+    """Which guests and mdevs play which part in *scenario*.
+
+    Raises ConfigurationError when a rig has not the guests and mdevs it needs.
+    """
+    mdevs = [guest.mdevs for guest in config.guests.values()]
+    if len(mdevs) < 2 or len(mdevs[0]) < 2 or len(mdevs[1]) < 1:
+        raise ConfigurationError(
+            f"{config.path}: scenario {scenario} needs two guests, the first with two mdevs, "
+            "the second with one"
+        )
+    g1, g2 = list(config.guests)[:2]
+    return {"g1": g1, "g2": g2, "a": mdevs[0][0], "b": mdevs[0][1], "c": mdevs[1][0]}
 
 
 class Acts:
@@ -42,13 +59,18 @@ class Acts:
         with self.report.phase("prepare the arenas"):
             # Every byte of every arena gets a value of its own, and the kernel's witness listens.
             for guest in self.rig.guests.values():
-                guest.agent.call("fill")
+                self.fill(guest)
             self.rig.host.agent.call("trace_start")
         for phase, group in itertools.groupby(rows, lambda row: row.phase):
             with self.report.phase(phase):
                 for row in group:
                     with self.checks.check(row.name, row.tried) as trial:
                         row.act(self, trial, *row.arguments)
+
+    def fill(self, guest: Guest) -> None:
+        """Give every byte of *guest*'s arena a value that no copy has put there."""
+        self.witnesses.stale()
+        guest.agent.call("fill")
 
     def slot(self, guest: Guest) -> int:
         """The offset of a slot of *guest*'s arena that no check has used."""
@@ -75,12 +97,16 @@ class Acts:
         ):
             self.submit(trial, guest, device, self.work(pasid, iova), "DONE")
 
+    def owned_by(self, pasid: int) -> str:
+        """Who *pasid* was given to; "" when it is nobody's."""
+        return self.registrar.owner(pasid)
+
     def attempt(
         self, trial: Trial, by: str, device: str, work: Descriptor, expected: str
     ) -> Attempt:
         """Note *work* that *by* is about to give *device*; `Trial.settle` takes the completion."""
         pasid = work["pasid"]
-        owner = by if pasid is None else self.registrar.owner(pasid)
+        owner = by if pasid is None else self.owned_by(pasid)
         trial.attempts.append(Attempt(device, by, pasid, owner, expected))
         return trial.attempts[-1]
 

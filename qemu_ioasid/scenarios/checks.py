@@ -14,7 +14,12 @@ from qemu_ioasid.report import Attempt, Check, Outcome, Report, Verdict
 from qemu_ioasid.rig import Completion, Rig
 
 #: What it means that work ended as expected, by its status.
-OUTCOMES: dict[str, Outcome] = {"DONE": "allowed", "REFUSED": "refused", "FAULT": "faulted"}
+OUTCOMES: dict[str, Outcome] = {
+    "DONE": "allowed",
+    "REFUSED": "refused",
+    "INVALID": "refused",
+    "FAULT": "faulted",
+}
 
 
 class Broken(Exception):

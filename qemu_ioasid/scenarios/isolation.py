@@ -13,12 +13,11 @@ from collections.abc import Iterator, Sequence
 from qemu_ioasid import vtd
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.deadline import Deadline, calibration
-from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.guestvm import device_address
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Binding, Guest, Rig, copy
 from qemu_ioasid.scenarios import stage
-from qemu_ioasid.scenarios.acts import HALF, LENGTH, OWN_IOVA, SLOT, SOURCE_AT, TARGET_AT
+from qemu_ioasid.scenarios.acts import HALF, LENGTH, OWN_IOVA, SLOT, SOURCE_AT, TARGET_AT, parts
 from qemu_ioasid.scenarios.checks import Trial
 from qemu_ioasid.scenarios.stage import Stage
 from qemu_ioasid.scenarios.table import Row, Table
@@ -40,24 +39,9 @@ _EDGES = TABLE.phase("work in flight, work past the end")
 _DEATH = TABLE.phase("after the guest's death")
 
 
-def parts(config: RigConfig) -> dict[str, str]:
-    """Which guests and mdevs play which part.
-
-    Raises ConfigurationError when a rig has not the guests and mdevs this scenario needs.
-    """
-    mdevs = [guest.mdevs for guest in config.guests.values()]
-    if len(mdevs) < 2 or len(mdevs[0]) < 2 or len(mdevs[1]) < 1:
-        raise ConfigurationError(
-            f"{config.path}: scenario isolation needs two guests, the first with two mdevs, "
-            "the second with one"
-        )
-    g1, g2 = list(config.guests)[:2]
-    return {"g1": g1, "g2": g2, "a": mdevs[0][0], "b": mdevs[0][1], "c": mdevs[1][0]}
-
-
 def rows(config: RigConfig) -> list[Row]:
     """The checks on a rig; raises as `parts`."""
-    return [*stage.rows(config), *TABLE.rows(config, parts(config))]
+    return [*stage.rows(config), *TABLE.rows(config, parts(config, "isolation"))]
 
 
 def run(rig: Rig, report: Report, rows: Sequence[Row]) -> None:
@@ -70,7 +54,7 @@ class Isolation(Stage):
 
     def __init__(self, rig: Rig, report: Report) -> None:
         super().__init__(rig, report)
-        play = parts(rig.config)
+        play = parts(rig.config, "isolation")
         self.g1, self.g2 = rig.guests[play["g1"]], rig.guests[play["g2"]]
         self.a, self.b, self.c = play["a"], play["b"], play["c"]
 
@@ -170,7 +154,7 @@ class Isolation(Stage):
         other = self.registrar.ioas(self.g1.name)
         for device in (self.a, self.b):
             self.moves(trial, self.g1, device, both.pasid, both.iova, both.offset)
-            self.g1.agent.call("fill")
+            self.fill(self.g1)
             with trial.refusal("EBUSY", f"replace on {device}"):
                 self.registrar.raw_attach(device, both.pasid, other)
         self.registrar.unregister(self.b, both.pasid)

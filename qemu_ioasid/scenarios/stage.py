@@ -49,6 +49,7 @@ class Stage(Acts):
     def _same_bytes(self, trial: Trial, name: str) -> None:
         guest = self.rig.guests[name]
         deadline = Deadline(20, f"pmemsave in {guest.name}")
+        self.witnesses.stale()
         nonce = guest.agent.call("nonce")["hex"]
         length = len(nonce) // 2
         path = f"{self.rig.host.folder}/{guest.name}.pmem"

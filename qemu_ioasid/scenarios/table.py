@@ -79,6 +79,32 @@ class Table:
         ]
 
 
+def crossed(
+    phase: str,
+    name: str,
+    tried: str,
+    act: Callable[..., None],
+    cases: Mapping[str, str],
+    devices: Sequence[str],
+) -> list[Row]:
+    """A row for each case and device, whose *act* is called with the names of both.
+
+    *name* and *tried* are format strings over ``device`` and ``case``, which is the case's name
+    in one and what *cases* says of it in the other.
+    """
+    return [
+        Row(
+            phase,
+            name.format(device=device, case=case),
+            tried.format(device=device, case=said),
+            act,
+            (device, case),
+        )
+        for case, said in cases.items()
+        for device in devices
+    ]
+
+
 def choose(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
     """The rows of these *names*, in the table's order; without a name, all.
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Two witnesses for every claim about memory, and the kernel's own word on top.
 
-Before an act each guest writes a fresh nonce into its arena and the host side
-must find it in the guest's RAM file: both mean the same bytes. After it, both
-compare every arena of every guest with what it was. A refused read leaves no
+Before an act each guest has written a fresh nonce into its arena, and the host
+side has found it in the guest's RAM file: both mean the same bytes. After it,
+both compare every arena of every guest with what it was. A refused read leaves no
 trace in memory, so a kprobe on ``iommufd_access_rw`` tells whether any DMA was
 made at all.
 """
@@ -20,6 +20,8 @@ from qemu_ioasid.errors import InfrastructureError
 from qemu_ioasid.rig import Guest, Rig
 from qemu_ioasid.scenarios.checks import Broken, Trial
 
+#: Bytes of the nonce at the start of each arena.
+NONCE = 16
 #: An access of the kernel: iova, length, write (docs/agent.md, trace_read).
 Access = dict[str, Any]
 #: What each view of an arena shows: changed, unexpected.
@@ -43,10 +45,16 @@ class Witnesses:
         self._rig = rig
         self._host = rig.host.agent
         self._gone: set[str] = set()
+        #: What each guest has written last, to be found at the start of its arena.
+        self._nonces: dict[str, str] = {}
 
     def gone(self, guest: str) -> None:
         """*guest* has died: the host side alone goes on watching its memory."""
         self._gone.add(guest)
+
+    def stale(self) -> None:
+        """An arena is written to, or will be, and not by an act: look anew before the next one."""
+        self._nonces.clear()
 
     def _alive(self) -> list[Guest]:
         return [guest for guest in self._rig.guests.values() if guest.name not in self._gone]
@@ -68,15 +76,21 @@ class Witnesses:
         Everywhere else, and without a target: nothing. The kernel's accesses
         stay in *reads* and *writes*; with *expect* they cover them, byte for
         byte; without a span there are none. The witnesses are heard even when
-        the block itself finds something wrong.
+        the block itself finds something wrong. What they see after one act they
+        compare with after the next, unless the arenas are `stale`, so nothing
+        happens unseen in between either.
         """
-        self._before()
+        if not self._nonces:
+            self._before()
         earlier = len(trial.attempts)
         wrong: list[str] = []
         try:
             yield
         except Broken as broken:
             wrong.append(str(broken))
+        except BaseException:
+            self.stale()
+            raise
         views, made = self._look(target, expect)
         leaks = _strays(views, target, within)
         wrong += _unmoved(views, target, expect)
@@ -99,39 +113,66 @@ class Witnesses:
         deadline = Deadline(30, what)
         return {name: each.result(deadline) for name, each in pending.items()}
 
+    def _several(self, calls: list[tuple[str, dict[str, Any]]], what: str) -> list[Any]:
+        """The host side's answers to operations that are done one after another."""
+        asked = [{"op": op, "args": args} for op, args in calls]
+        answers: list[Any] = self._host.call("several", deadline=Deadline(30, what), calls=asked)
+        return answers
+
     def _before(self) -> None:
         inside = self._all(
             {guest.name: guest.agent.start("watch") for guest in self._alive()},
             "snapshots in the guests",
         )
-        outside = self._all(
-            {
-                guest.name: self._host.start(
-                    "watch", guest=guest.name, gpa=guest.gpa, length=guest.size
-                )
-                for guest in self._rig.guests.values()
-            },
-            "snapshots of the RAM files",
-        )
+        guests = list(self._rig.guests.values())
+        watches = [
+            ("watch", {"guest": guest.name, "gpa": guest.gpa, "length": guest.size})
+            for guest in guests
+        ]
+        answers = self._several([*watches, ("trace_clear", {})], "snapshots of the RAM files")
+        nonces = dict(zip(self._rig.guests, answers, strict=False))
         for name, snapshot in inside.items():
-            if outside[name]["nonce"] != snapshot["nonce"]:
+            if nonces[name]["nonce"] != snapshot["nonce"]:
                 raise InfrastructureError(
                     f"{name}: its nonce is not in its RAM file: the witnesses mean different bytes"
                 )
-        self._host.call("trace_clear")
+        self._nonces = {name: taken["nonce"] for name, taken in nonces.items()}
 
     def _look(self, target: str | None, expect: Expected | None) -> tuple[Views, list[Access]]:
-        pending: dict[str, Pending] = {}
-        for guest in self._rig.guests.values():
-            expected = [expect] if expect is not None and guest.name == target else []
-            pending[f"{guest.name} from the host"] = self._host.start(
-                "changes", guest=guest.name, expect=expected
-            )
-            if guest.name not in self._gone:
-                pending[f"{guest.name} from inside"] = guest.agent.start("changes", expect=expected)
-        trace = self._host.start("trace_read")
-        views = self._all(pending, "comparison of the arenas")
-        return views, trace.result(Deadline(30, "the kernel's accesses"))
+        """What each guest sees, then a fresh nonce of each, then what the host side sees."""
+
+        def expected(name: str) -> list[Expected]:
+            nonce = {"offset": 0, "hex": self._nonces[name]}
+            return [nonce, expect] if expect is not None and name == target else [nonce]
+
+        inside = self._all(
+            {
+                guest.name: guest.agent.start(
+                    "several",
+                    calls=[
+                        {"op": "changes", "args": {"expect": expected(guest.name)}},
+                        {"op": "nonce"},
+                    ],
+                )
+                for guest in self._alive()
+            },
+            "comparison of the arenas, inside",
+        )
+        views = {}
+        for name, (seen, nonce) in inside.items():
+            views[f"{name} from inside"] = seen
+            self._nonces[name] = nonce["hex"]
+        comparisons = [
+            ("changes", {"guest": name, "expect": expected(name)}) for name in self._rig.guests
+        ]
+        *seen_outside, made, _ = self._several(
+            [*comparisons, ("trace_read", {}), ("trace_clear", {})], "comparison of the arenas"
+        )
+        outside = dict(zip(self._rig.guests, seen_outside, strict=True))
+        if any(each["offset"] < NONCE for seen in outside.values() for each in seen["unexpected"]):
+            # Either work has hit it, which is a leak, or they mean different bytes, which raises.
+            self._before()
+        return {f"{name} from the host": seen for name, seen in outside.items()} | views, made
 
     def _told(
         self,
@@ -170,7 +211,9 @@ def _unmoved(views: Views, target: str | None, expect: Expected | None) -> list[
     return [
         f"{name}: nothing changed where bytes must have moved"
         for name, seen in views.items()
-        if name.split()[0] == target and expect is not None and not seen["changed"]
+        if name.split()[0] == target
+        and expect is not None
+        and not any(each["offset"] >= NONCE for each in seen["changed"])
     ]
 
 

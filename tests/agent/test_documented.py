@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from qemu_ioasid.agent.guest import Guest
+from qemu_ioasid.agent.holder import Holder
 from qemu_ioasid.agent.host import Host
 
 TEXT = (Path(__file__).parents[2] / "docs/agent.md").read_text()
@@ -21,5 +22,6 @@ def listed(heading: str) -> set[str]:
 
 def test_operations_are_documented() -> None:
     both = listed("Both roles")
+    assert set(Holder().operations) == listed("Holder role")
     assert set(Host(lambda line: None).operations) == listed("Host role") | both
     assert set(Guest().operations) == listed("Guest role") | both

@@ -1,0 +1,144 @@
+"""Processes that hold a device's file and die: what a host side leaves behind, and what not.
+
+A holder is an agent of the role "holder". It is born with duplicates of a device's file and of an
+iommufd, as a process is that was forked by whoever opened them, and knows nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from contextlib import ExitStack
+
+from qemu_ioasid.agent.descriptor import Descriptor
+from qemu_ioasid.agent.opendevice import completions
+from qemu_ioasid.agent.pdma import Ring
+from qemu_ioasid.agent.vfio import VfioDevice
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from subprocess import Popen
+    from typing import Any
+
+    from qemu_ioasid.agent.iommufd import Iommufd
+    from qemu_ioasid.agent.spawn import Spawner
+
+    Json = dict[str, Any]
+
+
+class Holder:
+    """The role: operations on the device's file, by the number that it has in this process."""
+
+    def __init__(self) -> None:
+        names = ("attach", "detach", "submit")
+        self.operations: Mapping[str, Callable[..., Any]] = {n: getattr(self, n) for n in names}
+
+    def _device(self, fd: int) -> VfioDevice:
+        return VfioDevice(Descriptor(fd, f"fd {fd}"), "")
+
+    def attach(self, fd: int, pasid: int, ioas: int) -> None:
+        """Puts a PASID into the device's list."""
+        self._device(fd).attach_pasid(pasid, ioas)
+
+    def detach(self, fd: int, pasid: int) -> None:
+        """Takes a PASID out of the device's list."""
+        self._device(fd).detach_pasid(pasid)
+
+    def submit(self, fd: int, descriptors: list[Json], seconds: float) -> list[Json]:
+        """Submits a batch and waits for its completions."""
+        with Ring(self._device(fd)) as ring:
+            return completions(ring, descriptors, seconds)
+
+    def close(self) -> None:
+        """Its files end with the process."""
+
+
+class _Running:
+    """A holder's process and the pipes to it, of which this side owns its ends."""
+
+    def __init__(self, spawner: Spawner, device: VfioDevice, iommufd: Iommufd) -> None:
+        with ExitStack() as stack, ExitStack() as lent:
+            theirs, self._requests = os.pipe()
+            lent.callback(os.close, theirs)
+            stack.callback(os.close, self._requests)
+            answers, mine = os.pipe()
+            lent.callback(os.close, mine)
+            self._answers = stack.enter_context(open(answers, "rb"))
+            self.fd = lent.enter_context(device.descriptor.borrowed())
+            held = lent.enter_context(iommufd.descriptor.borrowed())
+            # As this agent was started, which ends with its role.
+            argv = [sys.executable, *sys.orig_argv[1:-1], "holder", str(theirs), str(mine)]
+            # Its messages go where ours go.
+            process = spawner.spawn(argv, [theirs, mine, self.fd, held], 2)
+            self.process: Popen[bytes] = process
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            self._life = stack.pop_all()
+        # It says that it runs.
+        self._answers.readline()
+
+    def call(self, op: str, args: Json) -> Any:
+        """What the holder answers; its error is raised as OSError or RuntimeError."""
+        request = {"id": 0, "op": op, "args": {"fd": self.fd, **args}}
+        os.write(self._requests, json.dumps(request).encode() + b"\n")
+        line = self._answers.readline()
+        answer = json.loads(line) if line else {"error": {"message": "the holder is gone"}}
+        if "error" not in answer:
+            return answer["ok"]
+        error = answer["error"]
+        if error.get("errno"):
+            raise OSError(error["errno"], error["message"])
+        raise RuntimeError(error["message"])
+
+    def close(self) -> None:
+        """SIGKILL; the process is gone, and its files, when this returns."""
+        self._life.close()
+
+
+class Holders:
+    """The host's operations on holders by name; device and iommufd find what they are given."""
+
+    def __init__(
+        self,
+        device: Callable[[str], VfioDevice],
+        iommufd: Callable[[str], Iommufd],
+        spawner: Callable[[], Spawner],
+    ) -> None:
+        self._device = device
+        self._iommufd = iommufd
+        self._spawner = spawner
+        self._lock = threading.Lock()
+        self._running: dict[str, _Running] = {}
+        self.operations: Mapping[str, Callable[..., Any]] = {
+            "holder_start": self.start,
+            "holder_call": self.call,
+            "holder_kill": self.kill,
+        }
+
+    def start(self, name: str, device: str, iommufd: str) -> Json:
+        """Starts a process that has a device's file and an iommufd."""
+        running = _Running(self._spawner(), self._device(device), self._iommufd(iommufd))
+        with self._lock:
+            self._running[name] = running
+        return {"pid": running.process.pid}
+
+    def call(self, name: str, what: str, args: Json) -> Any:
+        """Has it do one of its operations."""
+        with self._lock:
+            running = self._running[name]
+        return running.call(what, args)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL; its files are closed when this answers."""
+        with self._lock:
+            running = self._running.pop(name)
+        running.close()
+
+    def close(self) -> None:
+        """Kills all of them."""
+        with ExitStack() as stack:
+            for name in list(self._running):
+                stack.callback(self.kill, name)

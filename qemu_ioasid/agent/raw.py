@@ -1,0 +1,187 @@
+"""Files and ioctls with nothing in front of the kernel: what whoever holds the fds can do.
+
+A "device" is the name of a file opened or kept here, or whatever else the host has open by it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+from contextlib import ExitStack
+
+from qemu_ioasid.agent.descriptor import Descriptor
+from qemu_ioasid.agent.iommufd import Iommufd
+from qemu_ioasid.agent.libc import address_of, protect
+from qemu_ioasid.agent.opendevice import completions
+from qemu_ioasid.agent.pdma import Ring
+from qemu_ioasid.agent.uapi import iommufd as iommufd_uapi
+from qemu_ioasid.agent.uapi import vfio as uapi
+from qemu_ioasid.agent.vfio import MDEV_DEVICES, VfioDevice
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from ctypes import Structure
+    from typing import Any
+
+    Json = dict[str, Any]
+
+PAGE = 4096
+
+
+def ioctl_on_readonly(descriptor: Descriptor, request: int, record: Structure) -> None:
+    """ioctl(2) whose argument lies in memory that may only be read. Raises OSError."""
+    with mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        page[: ctypes.sizeof(record)] = bytes(record)
+        address = address_of(page)
+        protect(address, PAGE, mmap.PROT_READ)
+        # Up to 1024 bytes fcntl passes a copy; this is more, and so it passes the page itself.
+        with descriptor.borrowed() as fd, memoryview(page) as argument:
+            import fcntl
+
+            fcntl.ioctl(fd, request, argument)
+
+
+class Raw:
+    """The operations. device and iommufd find by name what the host has open beside these."""
+
+    def __init__(
+        self,
+        device: Callable[[str], VfioDevice],
+        iommufd: Callable[[str], Iommufd],
+        uuids: Mapping[str, str],
+    ) -> None:
+        self._other_device = device
+        self._iommufd = iommufd
+        self._uuids = uuids
+        self._lock = threading.Lock()
+        self._files: dict[str, VfioDevice] = {}
+        # fault.c gives a file for each fault queue
+        self._queues: list[int] = []
+        names = ("raw_attach", "raw_detach", "raw_bind", "file_open", "file_keep", "file_close")
+        more = ("file_submit", "iommufd_close", "hwpt_alloc", "fault_queue_alloc")
+        self.operations: Mapping[str, Callable[..., Any]] = {
+            name: getattr(self, name) for name in (*names, *more)
+        }
+
+    def device(self, name: str) -> VfioDevice:
+        """The file of this name; KeyError: there is none."""
+        with self._lock:
+            found = self._files.get(name)
+        return found or self._other_device(name)
+
+    def _enter(self, name: str, file: VfioDevice) -> None:
+        with self._lock:
+            taken = name in self._files
+            if not taken:
+                self._files[name] = file
+        if taken:
+            file.close()
+            raise ValueError(f"there is a file {name!r}")
+
+    def file_open(self, name: str, device: str) -> Json:
+        """Opens the file of an mdev, or of a PCI function by its address, and binds it to nothing.
+
+        A PCI function is given to vfio-pci.
+        """
+        if device in self._uuids:
+            sysfs = f"{MDEV_DEVICES}/{self._uuids[device]}"
+        else:
+            from qemu_ioasid.agent.pci import give_to_vfio
+
+            sysfs = give_to_vfio(device)
+        file = VfioDevice.open(name, sysfs)
+        self._enter(name, file)
+        return {"vfio": file.cdev}
+
+    def file_keep(self, name: str, device: str) -> None:
+        """Keeps a duplicate of a device's file."""
+        kept = self.device(device)
+        with kept.descriptor.borrowed() as fd:
+            duplicate = Descriptor(os.dup(fd), name)
+        self._enter(name, VfioDevice(duplicate, kept.cdev, kept.iommufd))
+
+    def file_close(self, name: str) -> None:
+        """Closes a file opened or kept."""
+        with self._lock:
+            file = self._files.pop(name)
+        file.close()
+
+    def file_submit(self, device: str, descriptors: list[Json], seconds: float) -> list[Json]:
+        """Submits a batch through a file alone, as a process does that has just been given it."""
+        with Ring(self.device(device)) as ring:
+            return completions(ring, descriptors, seconds)
+
+    def iommufd_close(self, iommufd: str) -> None:
+        """Closes the agent's iommufd; what is bound to it goes on."""
+        self._iommufd(iommufd).close()
+
+    def raw_bind(self, device: str, iommufd: str, argsz: int | None = None, flags: int = 0) -> Json:
+        """Binds a file; the answer is the device's id in that iommufd."""
+        target, space = self.device(device), self._iommufd(iommufd)
+        with space.descriptor.borrowed() as fd:
+            argument = uapi.vfio_device_bind_iommufd(iommufd=fd, flags=flags)
+            argument.argsz = ctypes.sizeof(argument) if argsz is None else argsz
+            target.descriptor.ioctl(uapi.VFIO_DEVICE_BIND_IOMMUFD, argument)
+        target.iommufd = space
+        return {"devid": int(argument.out_devid)}
+
+    def raw_attach(
+        self,
+        device: str,
+        ioas: int,
+        pasid: int | None = None,
+        argsz: int | None = None,
+        flags: int | None = None,
+        readonly: bool = False,
+    ) -> Json:
+        """An attach with no ledger and no check."""
+        target = self.device(device).descriptor
+        argument = uapi.vfio_device_attach_iommufd_pt(pt_id=ioas, pasid=pasid or 0)
+        argument.argsz = ctypes.sizeof(argument) if argsz is None else argsz
+        implied = 0 if pasid is None else uapi.VFIO_DEVICE_ATTACH_PASID
+        argument.flags = implied if flags is None else flags
+        if readonly:
+            ioctl_on_readonly(target, uapi.VFIO_DEVICE_ATTACH_IOMMUFD_PT, argument)
+        else:
+            target.ioctl(uapi.VFIO_DEVICE_ATTACH_IOMMUFD_PT, argument)
+        return {"pt_id": int(argument.pt_id)}
+
+    def raw_detach(
+        self,
+        device: str,
+        pasid: int | None = None,
+        argsz: int | None = None,
+        flags: int | None = None,
+    ) -> None:
+        """A detach with no ledger and no check."""
+        argument = uapi.vfio_device_detach_iommufd_pt(pasid=pasid or 0)
+        argument.argsz = ctypes.sizeof(argument) if argsz is None else argsz
+        implied = 0 if pasid is None else uapi.VFIO_DEVICE_DETACH_PASID
+        argument.flags = implied if flags is None else flags
+        self.device(device).descriptor.ioctl(uapi.VFIO_DEVICE_DETACH_IOMMUFD_PT, argument)
+
+    def hwpt_alloc(self, iommufd: str, devid: int, ioas: int) -> Json:
+        """A page table of an IOAS, for a physical device that is bound."""
+        argument = iommufd_uapi.iommu_hwpt_alloc(dev_id=devid, pt_id=ioas)
+        argument.size = ctypes.sizeof(argument)
+        self._iommufd(iommufd).descriptor.ioctl(iommufd_uapi.IOMMU_HWPT_ALLOC, argument)
+        return {"hwpt": int(argument.out_hwpt_id)}
+
+    def fault_queue_alloc(self, iommufd: str) -> Json:
+        """A fault queue, whose file is kept until the agent ends."""
+        argument = iommufd_uapi.iommu_fault_alloc()
+        argument.size = ctypes.sizeof(argument)
+        self._iommufd(iommufd).descriptor.ioctl(iommufd_uapi.IOMMU_FAULT_QUEUE_ALLOC, argument)
+        self._queues.append(int(argument.out_fault_fd))
+        return {"fault_queue": int(argument.out_fault_id)}
+
+    def close(self) -> None:
+        """Closes every file."""
+        with ExitStack() as stack:
+            for name in list(self._files):
+                stack.callback(self.file_close, name)
+            while self._queues:
+                stack.callback(os.close, self._queues.pop())
