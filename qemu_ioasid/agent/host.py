@@ -43,8 +43,8 @@ OPERATIONS = (
     "ioas_alloc", "ioas_destroy", "ioas_map_guest", "ioas_unmap", "pasid_alloc",
     "pasid_free", "pasids", "register", "replace", "unregister", "ledger", "audit",
     "kernel_list", "kernel_table", "wait_blocked", "watch", "changes", "read",
-    "trace_start", "trace_clear", "trace_read", "trace_stop", "device_open", "device_close",
-    "reset",
+    "trace_start", "trace_clear", "trace_read", "trace_take", "trace_stop", "device_open",
+    "device_close", "reset",
 )
 # fmt: on
 
@@ -460,10 +460,11 @@ class Host:
 
     def trace_read(self) -> list[Json]:
         """The accesses recorded."""
-        return [
-            {"iova": a.iova, "length": a.length, "write": a.write, "access": a.access}
-            for a in self._running_trace().read()
-        ]
+        return [access.told() for access in self._running_trace().read()]
+
+    def trace_take(self) -> list[Json]:
+        """The accesses recorded, which are forgotten."""
+        return [access.told() for access in self._running_trace().take()]
 
     def trace_stop(self) -> None:
         """Takes the probe away."""

@@ -52,6 +52,10 @@ class Access:
         self.write = write
         self.access = access
 
+    def told(self) -> dict[str, int | bool]:
+        """As the protocol has it."""
+        return {name: getattr(self, name) for name in ("iova", "length", "write", "access")}
+
 
 def parse(text: str, event: str) -> list[Access]:
     """The accesses in a tracefs trace file, in its order. Raises ValueError for a broken line."""
@@ -88,6 +92,7 @@ class AccessTrace:
         self._instance = f"{TRACEFS}/instances/{GROUP}-{os.getpid()}"
         self._enable = f"{self._instance}/events/{GROUP}/{self._event}/enable"
         self._missed = 0
+        self._lost_before = 0
 
     def start(self) -> None:
         """Makes the instance and the probe, and turns it on. On failure nothing is left."""
@@ -104,8 +109,9 @@ class AccessTrace:
 
     def clear(self) -> None:
         """Forgets what was recorded."""
-        _write(f"{self._instance}/trace", "")
-        self._missed = self._misses()
+        # Consumed, not reset: that waits for every processor to be done with the buffer.
+        self._consume()
+        self._lost_before, self._missed = self._lost(), self._misses()
 
     def read(self) -> list[Access]:
         """The accesses since start or clear, without forgetting them.
@@ -113,11 +119,32 @@ class AccessTrace:
         Raises RuntimeError when the kernel lost events or missed hits: then this is no witness.
         """
         accesses = parse(_read(f"{self._instance}/trace"), self._event)
-        lost = self._lost()
+        self._check()
+        return accesses
+
+    def take(self) -> list[Access]:
+        """As read, and forgets them."""
+        accesses = parse(self._consume(), self._event)
+        self._check()
+        return accesses
+
+    def _consume(self) -> str:
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        pipe = os.open(f"{self._instance}/trace_pipe", flags)
+        data = b""
+        try:
+            with suppress(BlockingIOError):
+                while more := os.read(pipe, 1 << 16):
+                    data += more
+        finally:
+            os.close(pipe)
+        return data.decode()
+
+    def _check(self) -> None:
+        lost = self._lost() - self._lost_before
         missed = self._misses() - self._missed
         if lost or missed:
             raise RuntimeError(f"trace of {FUNCTION}: {lost} events lost, {missed} hits missed")
-        return accesses
 
     def _lost(self) -> int:
         lost = 0

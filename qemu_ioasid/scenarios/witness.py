@@ -165,8 +165,8 @@ class Witnesses:
         comparisons = [
             ("changes", {"guest": name, "expect": expected(name)}) for name in self._rig.guests
         ]
-        *seen_outside, made, _ = self._several(
-            [*comparisons, ("trace_read", {}), ("trace_clear", {})], "comparison of the arenas"
+        *seen_outside, made = self._several(
+            [*comparisons, ("trace_take", {})], "comparison of the arenas"
         )
         outside = dict(zip(self._rig.guests, seen_outside, strict=True))
         if any(each["offset"] < NONCE for seen in outside.values() for each in seen["unexpected"]):

@@ -13,7 +13,7 @@ import functools
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.report import Report
@@ -30,6 +30,31 @@ WIDTH = 1 << 20
 SPARE = "spare"
 
 
+class Ending(NamedTuple):
+    """How work ends: status and errno of its completion, reason and access in the fault log."""
+
+    status: str
+    error: str = ""
+    reason: str = ""
+    access: str = "NONE"
+
+
+DONE = Ending("DONE")
+DIFFERENT = Ending("DIFFERENT")
+REFUSED = Ending("REFUSED", "EACCES", "NOT_LISTED")
+#: By what a copy fails at.
+UNMAPPED = {
+    "source": Ending("FAULT", "ENOENT", "UNMAPPED", "READ"),
+    "target": Ending("FAULT", "ENOENT", "UNMAPPED", "WRITE"),
+}
+NO_RIGHT = Ending("FAULT", "EPERM", "NO_RIGHT", "WRITE")
+
+
+def invalid(reason: str) -> Ending:
+    """The descriptor itself is wrong."""
+    return Ending("INVALID", "EINVAL", reason)
+
+
 @dataclass(frozen=True)
 class Grant:
     """*pasid* of *device* reaches *length* bytes at *offset* of *guest*'s arena, at *iova*."""
@@ -43,10 +68,6 @@ class Grant:
     offset: int
     length: int
 
-    def at(self, offset: int) -> int:
-        """Where the byte at *offset* of the arena is for the device."""
-        return self.iova + offset - self.offset
-
 
 class Ground(Stage):
     """A rig with registrations to attack. Devices *a* and *b* are *g1*'s, *c* is *g2*'s."""
@@ -59,7 +80,9 @@ class Ground(Stage):
         self.a, self.b, self.c = play["a"], play["b"], play["c"]
         self.host = rig.host.agent
         self._owners: dict[int, str] = {}
-        self._granted: dict[tuple[str, str], Grant] = {}
+        self._granted: dict[str, Grant] = {}
+        #: How many records each device's fault log has had, where that is known.
+        self._logged: dict[str, int] = {}
 
     # What is registered
 
@@ -156,8 +179,7 @@ class Ground(Stage):
         The slots on both sides of it are registered on the same device, by another PASID, at the
         addresses on both sides.
         """
-        key = device, "standing"
-        if key not in self._granted:
+        if device not in self._granted:
             guest = self.owner[device]
             offset = self.slots(guest, 3)
             middle, end = offset + SLOT, offset + 2 * SLOT
@@ -165,10 +187,10 @@ class Ground(Stage):
             around = self.mapped(guest, guest.name, (offset, SLOT), (end, SLOT))
             self.enter(device, guest, around)
             pasid = self.enter(device, guest, own)
-            self._granted[key] = Grant(
+            self._granted[device] = Grant(
                 device, guest.name, guest.name, pasid, own, BASE + middle, middle, SLOT
             )
-        return self._granted[key]
+        return self._granted[device]
 
     def enter(self, device: str, guest: Guest, ioas: int) -> int:
         """Register an IOAS of *guest* on its *device*; the PASID."""
@@ -189,22 +211,34 @@ class Ground(Stage):
         return self.a if self.owner[device] is self.g2 else self.c
 
     @functools.cached_property
-    def equal(self) -> tuple[Grant, int]:
-        """A grant of a, and an IOAS of g2's iommufd that has the same number there."""
+    def wide(self) -> Grant:
+        """A grant of a that holds more than one chunk."""
+        return self.grant(self.a, slots=5)
+
+    @functools.cached_property
+    def equal(self) -> tuple[Grant, Grant]:
+        """A grant of a, and what c's would be of the IOAS that has the same number there.
+
+        Each maps a slot of its own guest's, both at one address.
+        """
         one, two = self.registrar.ioas(self.g1.name), self.registrar.ioas(self.g2.name)
         while one != two:
             if one < two:
                 one = self.registrar.ioas(self.g1.name)
             else:
                 two = self.registrar.ioas(self.g2.name)
-        offset = self.slot(self.g1)
+        here, there = self.slot(self.g1), self.slot(self.g2)
+        op, args = self.mapping(self.g2, self.g2.name, one, there, SLOT, True)
         self.several(
-            self.mapping(self.g1, self.g1.name, one, offset, SLOT, True),
-            self.mapping(self.g2, self.g2.name, one, offset, SLOT, True),
+            self.mapping(self.g1, self.g1.name, one, here, SLOT, True),
+            (op, {**args, "iova": BASE + here}),
         )
         pasid = self.enter(self.a, self.g1, one)
         name = self.g1.name
-        return Grant(self.a, name, name, pasid, one, BASE + offset, offset, SLOT), two
+        ours = Grant(self.a, name, name, pasid, one, BASE + here, here, SLOT)
+        name = self.g2.name
+        theirs = replace(ours, device=self.c, guest=name, iommufd=name, offset=there)
+        return ours, theirs
 
     # The kernel's books
 
@@ -242,23 +276,74 @@ class Ground(Stage):
     # Work
 
     def does(
-        self, trial: Trial, by: str, device: str, work: Descriptor, expected: str
+        self,
+        trial: Trial,
+        by: str,
+        device: str,
+        work: Descriptor,
+        ending: Ending,
+        at: int = 0,
     ) -> Completion:
-        """As `submit`, *by* a guest or by "host", which has *device* open then."""
-        if by != "host":
-            return self.submit(trial, self.rig.guests[by], device, work, expected)
-        attempt = self.attempt(trial, by, device, work, expected)
-        (done,) = self.host.call(
-            "device_submit", name=device, descriptors=[work], seconds=20 * calibration()
-        )
+        """Have *device* do *work* for *by*, and require it to end so, and to be logged so.
+
+        *by* is a guest, or "host", which has *device* open then; *at* the address to blame.
+        """
+        agent = self.host if by == "host" else self.rig.guests[by].agent
+        if device not in self._logged:
+            told = agent.call("device_registers", name=device)
+            self._logged[device] = told["FAULT_COUNT"]
+        attempt = self.attempt(trial, by, device, work, ending.status)
+        submitted = {"name": device, "descriptors": [work], "seconds": 20 * calibration()}
+        calls = [
+            {"op": "device_submit" if by == "host" else "submit", "args": submitted},
+            {"op": "device_faults", "args": {"name": device, "since": self._logged[device]}},
+        ]
+        deadline = Deadline(25, f"completion of {device}")
+        (done,), log = agent.call("several", deadline=deadline, calls=calls)
+        self._logged[device] = log["count"]
         trial.settle(attempt, done)
+        self._ended(trial, done, ending, at)
+        self._told(trial, done, ending, log["faults"])
         return dict(done)
+
+    @staticmethod
+    def _ended(trial: Trial, done: Completion, ending: Ending, at: int) -> None:
+        """Require a completion to have the errno and the address it must have."""
+        found = errno.errorcode.get(done["error"], "") if done["error"] else ""
+        trial.require(
+            found == ending.error,
+            f"the completion's error must be {ending.error or 0}, is {found or done['error']}",
+        )
+        if ending.status != "DIFFERENT":
+            trial.require(
+                done["addr"] == at, f"the completion blames {done['addr']:#x}, not {at:#x}"
+            )
+
+    @staticmethod
+    def _told(trial: Trial, done: Completion, ending: Ending, faults: list[Any]) -> None:
+        """Require the fault log to have one record more, of what failed, or none."""
+        if not ending.reason:
+            trial.require(not faults, f"the fault log has {faults} for work that did not fail")
+            return
+        trial.require(len(faults) == 1, f"the fault log has {len(faults)} records more, not 1")
+        (fault,) = faults
+        trial.answer(f"logged as {fault['reason']}")
+        same = {name: done[name] for name in ("pasid", "error", "addr")}
+        must = {**same, "count": done["seq"] - 1, "reason": ending.reason, "access": ending.access}
+        wrong = [
+            f"{name} {fault[name]}, not {must[name]}" for name in must if fault[name] != must[name]
+        ]
+        trial.require(not wrong, f"the fault log has {', '.join(wrong)}")
+
+    def unlogged(self, device: str) -> None:
+        """*device* has done work that `does` knows nothing of, or has begun anew."""
+        self._logged.pop(device, None)
 
     def allowed(self, trial: Trial, grant: Grant, by: str | None = None) -> None:
         """Require the copy within a grant to move its bytes, and nothing else anywhere."""
         with self.moving(trial, grant):
             work = self.work(grant.pasid, grant.iova)
-            self.does(trial, by or grant.guest, grant.device, work, "DONE")
+            self.does(trial, by or grant.guest, grant.device, work, DONE)
 
     @contextlib.contextmanager
     def moving(self, trial: Trial, grant: Grant) -> Iterator[None]:
@@ -272,25 +357,20 @@ class Ground(Stage):
         ):
             yield
 
-    @staticmethod
-    def second(grant: Grant) -> Grant:
-        """The second slot of a grant of two, for a copy that moves bytes once more."""
-        return replace(grant, iova=grant.iova + SLOT, offset=grant.offset + SLOT)
-
     def denied(
         self, trial: Trial, device: str, pasid: int, iova: int, by: str | None = None
     ) -> None:
         """Require the copy at *iova* to be refused, with no trace of it anywhere."""
         by = by or self.owner[device].name
         with self.witnesses.around(trial):
-            done = self.does(trial, by, device, self.work(pasid, iova), "REFUSED")
-            self.errno_is(trial, done, "EACCES")
+            self.does(trial, by, device, self.work(pasid, iova), REFUSED)
 
-    @staticmethod
-    def errno_is(trial: Trial, done: Completion, name: str) -> None:
-        """Require a completion to have this errno."""
-        found = errno.errorcode.get(done["error"], str(done["error"]))
-        trial.require(found == name, f"the completion's error must be {name}, is {found}")
+    def faulted(self, trial: Trial, device: str, pasid: int | None, iova: int) -> None:
+        """Require the copy at *iova* to end at its first byte, which is not mapped."""
+        at = iova + SOURCE_AT
+        with self.witnesses.around(trial, reads=(at, LENGTH)):
+            by = self.owner[device].name
+            self.does(trial, by, device, self.work(pasid, iova), UNMAPPED["source"], at)
 
     # The mdev that no guest has
 
@@ -304,6 +384,7 @@ class Ground(Stage):
             yield SPARE
             return
         self.host.call("device_open", name=SPARE)
+        self.unlogged(SPARE)
         try:
             yield SPARE
         finally:
@@ -312,7 +393,3 @@ class Ground(Stage):
     def spare_grant(self) -> Grant:
         """A slot of g1, registered on the spare mdev, which is open."""
         return self.grant(SPARE, guest=self.g1, iommufd=f"agent:{SPARE}")
-
-    def deadline(self, what: str) -> Deadline:
-        """For one event of a check."""
-        return Deadline(45, what)

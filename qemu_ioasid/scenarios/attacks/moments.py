@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.rig import Descriptor, copy
-from qemu_ioasid.scenarios.acts import LENGTH, OWN_IOVA, SLOT, SOURCE_AT
+from qemu_ioasid.scenarios.acts import OWN_IOVA, SLOT
 from qemu_ioasid.scenarios.attacks.ground import SPARE, Grant, Ground
 from qemu_ioasid.scenarios.attacks.work import CHUNK
 from qemu_ioasid.scenarios.checks import Trial
@@ -30,10 +30,7 @@ def unmapped(ground: Ground, trial: Trial, device: str) -> None:
     """Unmapping ends what a PASID reaches, at once."""
     grant = ground.grant(device)
     _unmap(ground, grant)
-    at = grant.iova + SOURCE_AT
-    with ground.witnesses.around(trial, reads=(at, LENGTH)):
-        work = ground.work(grant.pasid, grant.iova)
-        ground.faults(trial, ground.owner[device], device, work, at)
+    ground.faulted(trial, device, grant.pasid, grant.iova)
 
 
 def _unmap(ground: Ground, grant: Grant) -> None:
@@ -63,10 +60,7 @@ def replaced(ground: Ground, trial: Trial, device: str) -> None:
     guest = ground.owner[device]
     ioas = ground.mapped(guest, guest.name, (ground.slot(guest), SLOT))
     ground.registrar.replace(device, grant.pasid, ioas)
-    at = grant.iova + SOURCE_AT
-    with ground.witnesses.around(trial, reads=(at, LENGTH)):
-        work = ground.work(grant.pasid, grant.iova)
-        ground.faults(trial, guest, device, work, at)
+    ground.faulted(trial, device, grant.pasid, grant.iova)
     ground.registrar.destroy(guest.name, grant.ioas)
 
 
@@ -235,7 +229,7 @@ REWRITES: Mapping[str, Rewrite] = {
 def rewritten(ground: Ground, trial: Trial, name: str) -> None:
     """A descriptor rewritten in the middle of its work: the device goes on with what it checked."""
     length = CHUNK + PAGE
-    grant = ground.grant(ground.a, slots=6)
+    grant = ground.wide
     work = copy(grant.pasid, grant.iova, SLOW, length)
     other = {**work, **REWRITES[name].fields(ground, grant, work)}
     with _slow(ground, grant.iommufd, grant.ioas, length) as handle:
@@ -278,6 +272,7 @@ def rewritten_before(ground: Ground, trial: Trial) -> None:
         _asleep(ground, handle)
         ground.g1.agent.call("submit_rewrite", ticket=ticket, index=1, descriptor=other)
         ground.host.call("slow_release", handle=handle)
+        ground.unlogged(ground.a)
         for attempt, done in zip(attempts, ground.g1.submit_wait(ticket), strict=True):
             trial.settle(attempt, done)
 
@@ -308,6 +303,7 @@ def drained(ground: Ground, trial: Trial) -> None:
             ground.host.call("slow_release", handle=handle)
             leaving.result(Deadline(45, "return of detach"))
             trial.require(not early, "the detach returned with a write in flight")
+            ground.unlogged(ground.a)
             for attempt, done in zip(attempts, ground.g1.submit_wait(ticket), strict=True):
                 trial.settle(attempt, done)
         _landed(ground, trial, handle, grant, 0)
@@ -332,6 +328,7 @@ def reset(ground: Ground, trial: Trial, what: str) -> None:
             _reset_begun(ground)
             ground.host.call("slow_release", handle=handle)
             resetting.result(Deadline(45, "return of the reset"))
+            ground.unlogged(SPARE)
             told = ground.host.call("device_registers", name=SPARE)
         trial.answer(f"HEAD {told['HEAD']}, TAIL {told['TAIL']}, STATUS {told['STATUS']:#x}")
         if what == "work":
@@ -379,6 +376,7 @@ def _kill(ground: Ground, guest: str) -> None:
 def _host_opens(ground: Ground, trial: Trial, grant: Grant) -> None:
     """The device of a dead guest, opened anew, has no list."""
     ground.host.call("device_open", name=grant.device)
+    ground.unlogged(grant.device)
     try:
         ground.require_list(trial, grant.device, [])
         ground.denied(trial, grant.device, grant.pasid, grant.iova, "host")
