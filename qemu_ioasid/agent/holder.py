@@ -1,26 +1,26 @@
 """Processes that hold a device's file and die: what a host side leaves behind, and what not.
 
-A holder is an agent of the role "holder". It is born with duplicates of a device's file and of an
-iommufd, as a process is that was forked by whoever opened them, and knows nothing else.
+A holder is a child of the agent, forked with its own copies of a device's file and of an iommufd,
+and with no other file. It answers as an agent does.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
+import signal
 import threading
 from contextlib import ExitStack
 
 from qemu_ioasid.agent.descriptor import Descriptor
 from qemu_ioasid.agent.opendevice import completions
 from qemu_ioasid.agent.pdma import Ring
+from qemu_ioasid.agent.server import Server
 from qemu_ioasid.agent.vfio import VfioDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from subprocess import Popen
     from typing import Any
 
     from qemu_ioasid.agent.iommufd import Iommufd
@@ -30,30 +30,27 @@ if TYPE_CHECKING:
 
 
 class Holder:
-    """The role: operations on the device's file, by the number that it has in this process."""
+    """The child: operations on the device's file."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: int) -> None:
+        """device is the file's number in this process."""
+        # Not the parent's object: one of its threads may hold that one's lock for ever.
+        self._device = VfioDevice(Descriptor(device, "the holder's device"), "")
         names = ("attach", "detach", "submit")
         self.operations: Mapping[str, Callable[..., Any]] = {n: getattr(self, n) for n in names}
 
-    def _device(self, fd: int) -> VfioDevice:
-        return VfioDevice(Descriptor(fd, f"fd {fd}"), "")
-
-    def attach(self, fd: int, pasid: int, ioas: int) -> None:
+    def attach(self, pasid: int, ioas: int) -> None:
         """Puts a PASID into the device's list."""
-        self._device(fd).attach_pasid(pasid, ioas)
+        self._device.attach_pasid(pasid, ioas)
 
-    def detach(self, fd: int, pasid: int) -> None:
+    def detach(self, pasid: int) -> None:
         """Takes a PASID out of the device's list."""
-        self._device(fd).detach_pasid(pasid)
+        self._device.detach_pasid(pasid)
 
-    def submit(self, fd: int, descriptors: list[Json], seconds: float) -> list[Json]:
+    def submit(self, descriptors: list[Json], seconds: float) -> list[Json]:
         """Submits a batch and waits for its completions."""
-        with Ring(self._device(fd)) as ring:
+        with Ring(self._device) as ring:
             return completions(ring, descriptors, seconds)
-
-    def close(self) -> None:
-        """Its files end with the process."""
 
 
 class _Running:
@@ -67,22 +64,20 @@ class _Running:
             answers, mine = os.pipe()
             lent.callback(os.close, mine)
             self._answers = stack.enter_context(open(answers, "rb"))
-            self.fd = lent.enter_context(device.descriptor.borrowed())
+            file = lent.enter_context(device.descriptor.borrowed())
             held = lent.enter_context(iommufd.descriptor.borrowed())
-            # As this agent was started, which ends with its role.
-            argv = [sys.executable, *sys.orig_argv[1:-1], "holder", str(theirs), str(mine)]
-            # Its messages go where ours go.
-            process = spawner.spawn(argv, [theirs, mine, self.fd, held], 2)
-            self.process: Popen[bytes] = process
-            stack.callback(process.wait)
-            stack.callback(process.kill)
+
+            def serve() -> None:
+                Server(theirs, mine).serve(Holder(file).operations)
+
+            self.pid = spawner.fork(serve, [theirs, mine, file, held])
+            stack.callback(os.waitpid, self.pid, 0)
+            stack.callback(os.kill, self.pid, signal.SIGKILL)
             self._life = stack.pop_all()
-        # It says that it runs.
-        self._answers.readline()
 
     def call(self, op: str, args: Json) -> Any:
         """What the holder answers; its error is raised as OSError or RuntimeError."""
-        request = {"id": 0, "op": op, "args": {"fd": self.fd, **args}}
+        request = {"id": 0, "op": op, "args": args}
         os.write(self._requests, json.dumps(request).encode() + b"\n")
         line = self._answers.readline()
         answer = json.loads(line) if line else {"error": {"message": "the holder is gone"}}
@@ -119,11 +114,11 @@ class Holders:
         }
 
     def start(self, name: str, device: str, iommufd: str) -> Json:
-        """Starts a process that has a device's file and an iommufd."""
+        """Forks a process that has a device's file and an iommufd."""
         running = _Running(self._spawner(), self._device(device), self._iommufd(iommufd))
         with self._lock:
             self._running[name] = running
-        return {"pid": running.process.pid}
+        return {"pid": running.pid}
 
     def call(self, name: str, what: str, args: Json) -> Any:
         """Has it do one of its operations."""

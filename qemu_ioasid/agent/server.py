@@ -166,10 +166,6 @@ def _role(name: str, emit: Emit) -> Role:
         from qemu_ioasid.agent.guest import Guest
 
         return Guest()
-    if name == "holder":
-        from qemu_ioasid.agent.holder import Holder
-
-        return Holder()
     raise ValueError(f"no role {name!r}")
 
 
@@ -178,7 +174,7 @@ def _ended(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def main(role: str, stdin_fd: int = 0, stdout_fd: int = 1) -> NoReturn:
-    """Serves a role ("host", "guest" or "holder") on the process's stdin and stdout, then exits.
+    """Serves a role ("host" or "guest") on the process's stdin and stdout, then exits.
 
     At the end of input, and on SIGTERM or SIGHUP, everything the role holds is closed (guests are
     killed) and the process exits; threads still blocked in the kernel do not keep it. stdout is

@@ -13,19 +13,18 @@ from qemu_ioasid.agent.uapi.prctl import PR_SET_PDEATHSIG
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
+    from typing import Any
 
 
 class _Order:
-    """One spawn asked of the spawning thread, and its outcome."""
+    """One thing asked of the spawning thread, and its outcome."""
 
-    __slots__ = ("argv", "done", "error", "fds", "output", "process")
+    __slots__ = ("act", "answer", "done", "error")
 
-    def __init__(self, argv: Sequence[str], fds: Collection[int], output: int) -> None:
-        self.argv = argv
-        self.fds = fds
-        self.output = output
-        self.process: subprocess.Popen[bytes] | None = None
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self.act = act
+        self.answer: Any = None
         self.error: BaseException | None = None
         self.done = threading.Event()
 
@@ -51,27 +50,58 @@ class Spawner:
         The child leads a session of its own, so that no terminal's signal reaches it. Raises
         OSError when it cannot be executed; then there is no child.
         """
-        order = _Order(argv, fds, output)
+        process: subprocess.Popen[bytes] = self._ordered(
+            lambda: subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=tuple(fds),
+                start_new_session=True,
+                preexec_fn=self._in_child,
+            )
+        )
+        return process
+
+    def fork(self, main: Callable[[], object], fds: Collection[int]) -> int:
+        """Forks a child that keeps stderr and exactly these fds, runs main and exits; its pid.
+
+        The caller waits for it. The child has this process's memory, and of its threads the one
+        that runs main: main must take no lock that a thread of now may hold.
+        """
+        pid: int = self._ordered(lambda: self._forked(main, fds))
+        return pid
+
+    def _forked(self, main: Callable[[], object], fds: Collection[int]) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        status = 1
+        try:
+            self._in_child()
+            start = 0
+            for fd in sorted({2, *fds}):
+                os.closerange(start, fd)
+                start = fd + 1
+            os.closerange(start, os.sysconf("SC_OPEN_MAX"))
+            main()
+            status = 0
+        finally:
+            os._exit(status)
+
+    def _ordered(self, act: Callable[[], Any]) -> Any:
+        order = _Order(act)
         self._orders.put(order)
         order.done.wait()
         if order.error:
             raise order.error
-        assert order.process
-        return order.process
+        return order.answer
 
     def _work(self) -> None:
         while True:
             order = self._orders.get()
             try:
-                order.process = subprocess.Popen(
-                    order.argv,
-                    stdin=subprocess.DEVNULL,
-                    stdout=order.output,
-                    stderr=order.output,
-                    pass_fds=tuple(order.fds),
-                    start_new_session=True,
-                    preexec_fn=self._in_child,
-                )
+                order.answer = order.act()
             except BaseException as error:
                 order.error = error
             order.done.set()
