@@ -9,8 +9,9 @@ import ctypes
 import mmap
 import os
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
+from qemu_ioasid.agent.deadline import wait_for
 from qemu_ioasid.agent.descriptor import Descriptor
 from qemu_ioasid.agent.iommufd import Iommufd
 from qemu_ioasid.agent.libc import address_of, protect
@@ -44,6 +45,20 @@ def ioctl_on_readonly(descriptor: Descriptor, request: int, record: Structure) -
             fcntl.ioctl(fd, request, argument)
 
 
+def _states(name: str) -> list[str]:
+    """The states of the kernel threads of this name."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        # A process may end while this looks.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            with open(f"/proc/{pid}/comm") as file:
+                if file.read().strip() != name:
+                    continue
+            with open(f"/proc/{pid}/stat") as file:
+                found.append(file.read().rpartition(")")[2].split()[0])
+    return found
+
+
 class Raw:
     """The operations. device and iommufd find by name what the host has open beside these."""
 
@@ -61,7 +76,7 @@ class Raw:
         # fault.c gives a file for each fault queue
         self._queues: list[int] = []
         names = ("raw_attach", "raw_detach", "raw_bind", "file_open", "file_keep", "file_close")
-        more = ("file_submit", "iommufd_close", "hwpt_alloc", "fault_queue_alloc")
+        more = ("file_submit", "iommufd_close", "hwpt_alloc", "fault_queue_alloc", "wait_worker")
         self.operations: Mapping[str, Callable[..., Any]] = {
             name: getattr(self, name) for name in (*names, *more)
         }
@@ -177,6 +192,18 @@ class Raw:
         self._iommufd(iommufd).descriptor.ioctl(iommufd_uapi.IOMMU_FAULT_QUEUE_ALLOC, argument)
         self._queues.append(int(argument.out_fault_fd))
         return {"fault_queue": int(argument.out_fault_id)}
+
+    def wait_worker(self, device: str, state: str, seconds: float) -> None:
+        """Waits until a device's kernel thread is in a state as proc(5) has it.
+
+        S: it has no work. I: it has begun a descriptor, whose PASID is being replaced.
+        """
+        name = f"pdma/{self._uuids[device]}"
+
+        def reached() -> bool | None:
+            return True if state in _states(name) else None
+
+        wait_for(f"worker of {device} in state {state}", seconds, reached)
 
     def close(self) -> None:
         """Closes every file."""
