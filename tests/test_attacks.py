@@ -80,7 +80,7 @@ def test_without_vfios_fix_the_copy_outs_fail_and_nothing_else(
 ) -> None:
     chosen = [name for name in ROWS if name.startswith(("copy-out-", "register-", "shared-"))]
     words = [word for name in chosen for word in ("--check", name)]
-    ended = command("run", "attacks", "--cold", "--json", "--series", str(released), *words)
+    ended = command("run", "attacks", "--json", "--series", str(released), *words)
     assert ended.code == 1, ended.err
     verdicts = {check["name"]: check["verdict"] for check in ended.json()["checks"]}
     assert {name for name in verdicts if verdicts[name] != "pass"} == COPY_OUTS

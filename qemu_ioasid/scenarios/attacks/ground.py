@@ -75,7 +75,6 @@ class Ground(Stage):
     def __init__(self, rig: Rig, report: Report) -> None:
         super().__init__(rig, report)
         play = parts(rig.config, "attacks")
-        self.play = play
         self.g1, self.g2 = rig.guests[play["g1"]], rig.guests[play["g2"]]
         self.a, self.b, self.c = play["a"], play["b"], play["c"]
         self.host = rig.host.agent
@@ -83,6 +82,8 @@ class Ground(Stage):
         self._granted: dict[str, Grant] = {}
         #: How many records each device's fault log has had, where that is known.
         self._logged: dict[str, int] = {}
+        #: The IOAS that is the spare mdev's own, while it is open.
+        self.spare_own = 0
 
     # What is registered
 
@@ -296,12 +297,15 @@ class Ground(Stage):
         submitted = {"name": device, "descriptors": [work], "seconds": 20 * calibration()}
         calls = [
             {"op": "device_submit" if by == "host" else "submit", "args": submitted},
-            {"op": "device_faults", "args": {"name": device, "since": self._logged[device]}},
+            {"op": "device_faults", "args": {"name": device, "since": self._logged.pop(device)}},
         ]
         deadline = Deadline(25, f"completion of {device}")
         (done,), log = agent.call("several", deadline=deadline, calls=calls)
         self._logged[device] = log["count"]
         trial.settle(attempt, done)
+        trial.require(
+            done["pasid"] == (work["pasid"] or 0), f"the completion names PASID {done['pasid']}"
+        )
         self._ended(trial, done, ending, at)
         self._told(trial, done, ending, log["faults"])
         return dict(done)
@@ -383,7 +387,7 @@ class Ground(Stage):
         if not opened:
             yield SPARE
             return
-        self.host.call("device_open", name=SPARE)
+        self.spare_own = int(self.host.call("device_open", name=SPARE)["ioas"])
         self.unlogged(SPARE)
         try:
             yield SPARE

@@ -12,12 +12,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from qemu_ioasid.config import RigConfig
-from qemu_ioasid.rig import Completion
-from qemu_ioasid.scenarios.acts import LENGTH, OWN_IOVA, SLOT, SOURCE_AT, TARGET_AT
+from qemu_ioasid.scenarios.acts import OWN_IOVA, SLOT
 from qemu_ioasid.scenarios.attacks.ground import BASE, DONE, REFUSED, SPARE, WIDTH, Grant, Ground
 from qemu_ioasid.scenarios.checks import Skipped, Trial
 from qemu_ioasid.scenarios.table import Row
-from qemu_ioasid.scenarios.witness import moved
 
 #: q35's SATA controller: a PCI function behind the host VM's IOMMU that nothing of a rig uses.
 FUNCTION = "0000:00:1f.2"
@@ -262,39 +260,6 @@ def last_pasid(ground: Ground, trial: Trial) -> None:
 # The copy-out that fails (docs/facts.md): nothing may be registered by a call that answers EFAULT
 
 
-@contextlib.contextmanager
-def _own_range(ground: Ground) -> Iterator[tuple[str, int]]:
-    """The spare mdev, open, with a slot of g1 in its own address space; the slot's offset."""
-    iommufd = f"agent:{SPARE}"
-    with ground.spare(opened=False):
-        made = ground.host.call("device_open", name=SPARE)
-        ground.unlogged(SPARE)
-        try:
-            offset = ground.slots(ground.g1, 2)
-            ground.several(
-                *(
-                    ground.mapping(ground.g1, iommufd, made["ioas"], at, SLOT, True)
-                    for at in (offset, offset + SLOT)
-                )
-            )
-            yield SPARE, offset
-        finally:
-            ground.host.call("device_close", name=SPARE)
-
-
-def _copies(ground: Ground, trial: Trial, pasid: int | None, offset: int) -> Completion:
-    """The spare mdev must copy within the slot at *offset* of g1, by *pasid* or without one."""
-    iova = BASE + offset
-    with ground.witnesses.around(
-        trial,
-        target=ground.g1.name,
-        expect=moved(offset + TARGET_AT, LENGTH, offset + SOURCE_AT),
-        reads=(iova + SOURCE_AT, LENGTH),
-        writes=(iova + TARGET_AT, LENGTH),
-    ):
-        return ground.does(trial, "host", SPARE, ground.work(pasid, iova), DONE)
-
-
 COPY_OUTS = {
     "list": "no PASID is registered",
     "own": "the device's own address space stays attached",
@@ -305,20 +270,23 @@ COPY_OUTS = {
 def copy_out(ground: Ground, trial: Trial, what: str) -> None:
     """An attach whose argument cannot be written back answers EFAULT, and has done nothing."""
     iommufd = f"agent:{SPARE}"
-    with _own_range(ground) as (spare, offset):
-        iova = BASE + offset
+    with ground.spare() as spare:
+        offset = ground.slot(ground.g1)
+        ground.several(ground.mapping(ground.g1, iommufd, ground.spare_own, offset, SLOT, True))
         ioas = ground.mapped(ground.g1, iommufd, (offset, SLOT))
-        pasid = ground.pasid(iommufd)
+        pasid, name = ground.pasid(iommufd), ground.g1.name
+        grant = Grant(spare, name, iommufd, pasid, ioas, BASE + offset, offset, SLOT)
         if what == "replace":
             empty = ground.registrar.ioas(iommufd)
             ground.host.call("raw_attach", device=spare, pasid=pasid, ioas=empty)
         with trial.refusal("EFAULT", "attach"):
             ground.host.call("raw_attach", device=spare, pasid=pasid, ioas=ioas, readonly=True)
         if what == "own":
-            _copies(ground, trial, None, offset)
-            return
-        ground.require_list(trial, spare, [])
-        ground.denied(trial, spare, pasid, iova, "host")
+            with ground.moving(trial, grant):
+                ground.does(trial, "host", spare, ground.work(None, grant.iova), DONE)
+        else:
+            ground.require_list(trial, spare, [])
+            ground.denied(trial, spare, pasid, grant.iova, "host")
 
 
 # One PASID on two devices
