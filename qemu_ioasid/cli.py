@@ -15,8 +15,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from qemu_ioasid import bench, config, image, kernel, parts, process, report, session
+from qemu_ioasid import bench, config, image, kernel, parts, process, report, scenarios, session
 from qemu_ioasid.cache import explained
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, RigError
@@ -104,7 +105,11 @@ def _add_run(
         help="make this check only; may be given again",
     )
     run.add_argument(
-        "--rig", type=Path, default=config.DEFAULT, metavar="FILE", help="what to boot (TOML)"
+        "--rig", type=Path, metavar="FILE", help="what to boot (TOML; default: the scenario's own)"
+    )
+    run.add_argument("--seconds", type=_count, metavar="N", help="stress: how long it lasts (60)")
+    run.add_argument(
+        "--seed", type=int, metavar="N", help="stress: what is drawn from it (a fresh one, told)"
     )
     run.add_argument(
         "--host",
@@ -182,6 +187,12 @@ def _change(text: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number from 1 on")
+    return int(text)
+
+
 def _spec(arguments: argparse.Namespace) -> kernel.Spec:
     spec = kernel.Spec(
         profile=arguments.profile,
@@ -199,7 +210,7 @@ def _output(terminal: Terminal) -> Output:
 def _options(arguments: argparse.Namespace) -> Options:
     """What `_add_start` and the common options say."""
     return Options(
-        rig=arguments.rig,
+        rig=arguments.rig or config.DEFAULT,
         accelerator=arguments.accel,
         qemu=arguments.qemu,
         changes=dict(arguments.set),
@@ -211,9 +222,12 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 
 def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    scenario = scenarios.find(arguments.scenario)
     options = replace(
         _options(arguments),
+        rig=arguments.rig or scenario.rig,
         scenario=arguments.scenario,
+        order=_order(arguments, scenario.takes),
         checks=tuple(arguments.check),
         host=arguments.host,
         parts=arguments.parts,
@@ -224,6 +238,15 @@ def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     else:
         _tell(ended, terminal)
     return ended.exit_code
+
+
+def _order(arguments: argparse.Namespace, takes: tuple[str, ...]) -> dict[str, Any]:
+    """What the user said to a scenario; raises ConfigurationError where it does not take it."""
+    said = {each: getattr(arguments, each) for each in ("seconds", "seed")}
+    order = {each: value for each, value in said.items() if value is not None}
+    for each in order.keys() - set(takes):
+        raise ConfigurationError(f"--{each}: scenario {arguments.scenario} takes none")
+    return order
 
 
 def _bench(arguments: argparse.Namespace, terminal: Terminal) -> int:

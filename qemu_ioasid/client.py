@@ -101,7 +101,7 @@ class Agent:
         """Whether the agent is gone within *seconds*."""
         return self._lost.wait(seconds)
 
-    def start(self, op: str, **args: Any) -> Pending:
+    def start(self, op: str, /, **args: Any) -> Pending:
         """Begin an operation and return at once."""
         with self._lock:
             if self.lost:
@@ -117,7 +117,7 @@ class Agent:
                 raise ConnectionLost(f"{self.name}: the agent went away") from None
         return pending
 
-    def call(self, op: str, *, deadline: Deadline | None = None, **args: Any) -> Any:
+    def call(self, op: str, /, *, deadline: Deadline | None = None, **args: Any) -> Any:
         """Run an operation and return its value; raises as `Pending.result`."""
         deadline = deadline or Deadline(CALL_SECONDS, f"answer of {self.name} to {op}")
         try:

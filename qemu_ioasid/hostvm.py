@@ -126,6 +126,7 @@ class HostMachine(Machine):
 
     def __init__(
         self,
+        parts: HostParts | None,
         console: Console,
         agent: Agent,
         ends: Ends,
@@ -142,6 +143,8 @@ class HostMachine(Machine):
             yield ends.ours[port]
 
         super().__init__("host", console, agent, dial, logs)
+        #: What it was booted from; None: it is this machine.
+        self.parts = parts
         self.child = child
         self.guest_consoles = guest_consoles
         self.guest_agents = guest_agents
@@ -230,7 +233,7 @@ def run(
         }
         yield stack.enter_context(
             HostMachine(
-                consoles.pop("host"), agents.pop("host"), ends, child, logs, consoles, agents
+                parts, consoles.pop("host"), agents.pop("host"), ends, child, logs, consoles, agents
             )
         )
 

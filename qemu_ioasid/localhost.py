@@ -134,7 +134,7 @@ class LocalHost(HostMachine):
         guest_consoles: dict[str, Console],
         guest_agents: dict[str, Agent],
     ) -> None:
-        super().__init__(log, agent, ends, child, logs, guest_consoles, guest_agents)
+        super().__init__(None, log, agent, ends, child, logs, guest_consoles, guest_agents)
         self._said = logs / "host.agent.stderr"
         self.folder = str(current_run().folder)
 

@@ -53,6 +53,8 @@ class Options:
 
     rig: Path = config.DEFAULT
     scenario: str = "isolation"
+    #: What the scenario takes by name (`Scenario.takes`), where the user said it.
+    order: Mapping[str, Any] = field(default_factory=dict)
     #: The checks to make, by name; none: all.
     checks: tuple[str, ...] = ()
     accelerator: str = "auto"
@@ -121,13 +123,15 @@ def build(options: Options, configuration: RigConfig, output: Output, report: Re
     report.accelerator, report.accelerator_reason = accelerator, why
     with report.phase("kernel"):
         built = kernel.build(options.kernel, deadline=deadline, progress=output.progress)
-        # The kernel under test is the host VM's. Nested in TCG, a debug kernel takes a guest
-        # more than seven minutes to boot: guests get the default profile.
-        inner_kernel = kernel.build(
-            replace(options.kernel, profile="default"),
-            deadline=deadline,
-            progress=output.progress,
-        )
+        inner_kernel = built
+        if configuration.guests:
+            # The kernel under test is the host VM's. Nested in TCG, a debug kernel takes a guest
+            # more than seven minutes to boot: guests get the default profile.
+            inner_kernel = kernel.build(
+                replace(options.kernel, profile="default"),
+                deadline=deadline,
+                progress=output.progress,
+            )
     with report.phase("images"):
         images = {
             name: image.build(name, deadline=deadline, progress=output.progress)
@@ -309,6 +313,8 @@ def run(options: Options, output: Output) -> Report:
     """
     check_local(options)
     scenario = scenarios.find(options.scenario)
+    if options.host == "local" and scenario.rig != config.DEFAULT:
+        raise ConfigurationError(f"scenario {options.scenario}: needs a host VM, not --host local")
     configuration = config.load(options.rig, options.changes)
     rows = table.choose(scenario.rows(configuration), options.checks)
     folder = report_folder(options.report, options.scenario)
@@ -322,7 +328,7 @@ def run(options: Options, output: Output) -> Report:
     )
     try:
         with _started(options, configuration, output, report) as running:
-            scenario.run(running, report, rows)
+            scenario.run(running, report, rows, **options.order)
             with report.phase("take it apart"):
                 running.dismantle()
         report.exit_code = 1 if report.failed else 0

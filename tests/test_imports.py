@@ -22,7 +22,7 @@ FLOORS = (
     ("report",),
     ("standby", "localhost", "hostdevice", "requirement"),
     ("rig", "page"),
-    ("hostvm", "guestvm", "parts", "picture"),
+    ("hostvm", "guestvm", "parts", "picture", "cprogram"),
     ("machine", "registrar", "vtd", "agentdisk"),
     ("client", "qemu", "snapshot"),
     ("qmp", "ssh", "console", "kernel", "image"),

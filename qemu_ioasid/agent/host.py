@@ -7,7 +7,7 @@ import os
 import threading
 from contextlib import ExitStack, suppress
 
-from qemu_ioasid.agent import kernellist, mdev
+from qemu_ioasid.agent import failnth, kernellist, kmemleak, mdev
 from qemu_ioasid.agent.batches import Batches
 from qemu_ioasid.agent.common import Common, with_several
 from qemu_ioasid.agent.deadline import wait_for
@@ -73,10 +73,11 @@ class Host:
         self._trace: AccessTrace | None = None
         self._spawner: Spawner | None = None
         self._common = Common()
-        self.operations: Mapping[str, Callable[..., Any]] = {
+        operations = {
             **self._common.operations,
             **self._own.operations,
             **self._slow.operations,
+            **kmemleak.operations,
             **{name: getattr(self, name) for name in OPERATIONS},
             **Batches(self._registrar, self._device, self._iommufd).operations,
             **self._raw.operations,
@@ -88,7 +89,10 @@ class Host:
             "device_doorbell": self._own.doorbell,
             "device_registers": self._own.registers,
         }
-        self.operations = with_several(self.operations)
+        self.operations: Mapping[str, Callable[..., Any]] = {
+            **with_several(operations),
+            "fail_nth": failnth.FailNth(operations).fail_nth,
+        }
 
     def close(self) -> None:
         """Ends everything: sleepers wake, guests die, devices close, mdevs go."""
@@ -161,6 +165,8 @@ class Host:
             "tracefs": os.path.exists(f"{TRACEFS}/trace"),
             "kprobe": os.path.exists(f"{TRACEFS}/kprobe_events"),
             "userfaultfd": os.path.exists(USERFAULTFD),
+            "kmemleak": os.path.exists(kmemleak.KMEMLEAK),
+            "fail_nth": failnth.supported(),
         }
         return {**machine("host", kernel), "qemu": executable(QEMU)}
 
@@ -180,11 +186,10 @@ class Host:
     def mdev_remove(self, name: str) -> None:
         """Removes an mdev; EBUSY while its device is open here."""
         self._refuse_open(name)
-        with self._lock:
-            created = self._mdevs.pop(name, None)
-        if created is None:
+        if name not in self._mdevs:
             raise KeyError(f"no mdev {name!r}")
-        created.remove()
+        self._mdevs[name].remove()
+        del self._mdevs[name]
 
     # --- guests -------------------------------------------------------------------------
 

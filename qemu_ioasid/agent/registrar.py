@@ -172,7 +172,8 @@ class Registrar:
     def replace(self, device: VfioDevice, pasid: int, ioas: int) -> None:
         """Makes a registered pasid name another ioas of the same iommufd.
 
-        ENOENT: not registered. Otherwise the kernel's errno, and the old binding stays.
+        ENOENT: not registered. EFAULT: it is not any more. Otherwise the kernel's errno, and the
+        old binding stays.
         """
         with self._changing(device, lambda book: book.take((pasid,), "replacing")) as (
             book,
@@ -180,7 +181,14 @@ class Registrar:
         ):
             if change.refused:
                 raise change.refused
-            device.attach_pasid(pasid, ioas)
+            try:
+                device.attach_pasid(pasid, ioas)
+            except OSError as error:
+                if error.errno == errno.EFAULT:
+                    # The kernel may have replaced, and detached since it could not say so.
+                    device.detach_pasid(pasid)
+                    change.struck = (pasid,)
+                raise
             with self._lock:
                 book.ioas[pasid] = ioas
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from qemu_ioasid import cache, process
+from qemu_ioasid import cprogram
 from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.kernel import Kernel, make
+from qemu_ioasid.kernel import Kernel
 from qemu_ioasid.machine import Machine
 
 SOURCE = Path(__file__).with_name("pasidloop.c")
@@ -18,16 +18,7 @@ PROGRAM = "/run/bench/pasidloop"
 
 def build(kernel: Kernel, deadline: Deadline) -> bytes:
     """The program, for a VM without a C library, compiled against *kernel*'s headers."""
-    argv = ["gcc", "-static", "-O2", "-Wall", "-Wextra", "-s"]
-    argv += ["-isystem", str(kernel.headers / "include"), str(SOURCE), "-o"]
-    key = cache.digest(SOURCE.read_bytes(), kernel.hash, make.compiler(deadline), *argv)
-    folder, _ = cache.get_or_build(
-        "bench",
-        key,
-        lambda folder: process.run([*argv, str(folder / SOURCE.stem)], deadline=deadline),
-        deadline=deadline,
-    )
-    return (folder / SOURCE.stem).read_bytes()
+    return cprogram.build([SOURCE], kernel.headers, deadline)
 
 
 class CLoop:
@@ -35,9 +26,7 @@ class CLoop:
 
     def __init__(self, machine: Machine, program: bytes) -> None:
         self._ssh = machine.ssh
-        deadline = Deadline(60, f"{SOURCE.stem} in {machine.name}")
-        self._ssh.put({PROGRAM: program}, deadline)
-        self._ssh.output(f"chmod 700 {PROGRAM}", deadline)
+        cprogram.put(machine, PROGRAM, program)
 
     def run(self, cdev: str, pasids: int, ioases: int, times: int = 1) -> dict[str, float]:
         """Microseconds of each kind of call (pasidloop.c names them), on an mdev nobody has open.

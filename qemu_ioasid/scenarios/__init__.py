@@ -3,28 +3,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+from qemu_ioasid import config
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.errors import ConfigurationError
-from qemu_ioasid.report import Report
-from qemu_ioasid.rig import Rig
-from qemu_ioasid.scenarios import attacks, isolation, stage
+from qemu_ioasid.scenarios import attacks, faults, isolation, stage, stress
 from qemu_ioasid.scenarios.table import Row
 
 
 class Scenario(NamedTuple):
-    """*rows* tells the checks on a rig, and refuses one that lacks what they need."""
+    """*rows* tells the checks on a rig, and refuses one that lacks what they need.
+
+    *run* takes a rig, a report and the rows to make; and by name what *takes* lists, which are
+    options of the command. *rig* is what it runs on where nobody says.
+    """
 
     rows: Callable[[RigConfig], list[Row]]
-    run: Callable[[Rig, Report, Sequence[Row]], None]
+    run: Callable[..., None]
+    rig: Path = config.DEFAULT
+    takes: tuple[str, ...] = ()
 
 
 SCENARIOS = {
     "isolation": Scenario(isolation.rows, isolation.run),
     "attacks": Scenario(attacks.rows, attacks.run),
     "boot": Scenario(stage.rows, stage.run),
+    "stress": Scenario(stress.rows, stress.run, stress.RIG, ("seconds", "seed")),
+    "faults": Scenario(faults.rows, faults.run, stress.RIG),
 }
 
 
