@@ -91,18 +91,20 @@ class Faults:
     def _state(self) -> Json:
         """The kernel's table and list, the ledger, and what the device says to work."""
         nop = {"pasid": PASID, "src": 0, "dst": 0, "length": 0, "opcode": 0}
-        (done,) = self._call(
-            "device_submit",
-            name=DEVICE,
-            descriptors=[nop],
-            seconds=CALL_SECONDS * calibration(),
-        )
-        return {
-            "table": self._call("kernel_table"),
-            "list": self._call("kernel_list", device=DEVICE),
-            "ledger": self._call("ledger"),
-            "work": done["status"],
+        work = {
+            "name": DEVICE,
+            "descriptors": [nop],
+            "seconds": CALL_SECONDS * calibration(),
         }
+        asked = {
+            "kernel_table": {},
+            "kernel_list": {"device": DEVICE},
+            "ledger": {},
+            "device_submit": work,
+        }
+        calls = [{"op": op, "args": args} for op, args in asked.items()]
+        table, kernel_list, ledger, (done,) = self._call("several", calls=calls)
+        return {"table": table, "list": kernel_list, "ledger": ledger, "work": done["status"]}
 
     def _sweep(
         self,
