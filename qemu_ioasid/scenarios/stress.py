@@ -30,8 +30,8 @@ SECONDS = 60
 #: Where the program is put in the VM, and the driver that it unloads and loads there.
 PROGRAM = "/run/stress/stress"
 MODULE = "/run/modules/vfio_pdma.ko"
-#: What it may take beside the time it is given: it waits 30 s for what hangs, thrice at most.
-END_SECONDS = 120.0
+#: What it may take beside the time it is given: it waits 90 s for what hangs, thrice at most.
+END_SECONDS = 300.0
 SCAN_SECONDS = 120.0
 #: From so many seconds on, everything there is must have happened.
 ENOUGH = 30
@@ -79,7 +79,9 @@ class Races:
         cprogram.put(host, PROGRAM, cprogram.build(sources, headers, deadline))
         deadline = Deadline(self._seconds + END_SECONDS, "end of the stress program")
         command = f"{PROGRAM} {self._seconds} {self._seed} {MODULE}; [ $? -le 1 ]"
-        told: dict[str, Any] = json.loads(host.ssh.output(command, deadline))
+        said = host.ssh.output(command, deadline)
+        (self._rig.logs / "stress.json").write_bytes(said)
+        told: dict[str, Any] = json.loads(said)
         self._rig.settle()
         return told
 
@@ -97,8 +99,9 @@ class Races:
         told = self._told
         counts = told["counts"]
         trial.answer(", ".join(f"{count} {name}" for name, count in counts.items()))
-        complaints = told["complaints"]
-        trial.require(not complaints, "; ".join(complaints[:4]))
+        # One that a killed process was about to make has no words.
+        complaints = list(filter(None, told["complaints"])) or ["a holder's, killed meanwhile"]
+        trial.require(not told["many"], "; ".join(complaints[:4]))
         wanted = counts if self._seconds >= ENOUGH else ("done", "refused", "slept", "judged")
         missing = [name for name in wanted if not counts[name]]
         trial.require(not missing, f"it proves nothing: no {', '.join(missing)}")

@@ -8,7 +8,7 @@
 
 #include "stress.h"
 
-#define ASLEEP	10		/* seconds, until an access sleeps */
+#define ASLEEP	60		/* seconds, until an access sleeps */
 
 enum act { DETACHES, REPLACES, RESETS, DIES, WATCHES, ACTS };
 

@@ -8,7 +8,7 @@
 #include "stress.h"
 
 /* A device is stuck when it does nothing for so long, in seconds */
-#define STUCK	12
+#define STUCK	60
 
 enum aim { CHUNKS, UNMAPPED, READ_ONLY };
 
