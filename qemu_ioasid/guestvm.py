@@ -12,7 +12,7 @@ from typing import Any
 from qemu_ioasid.client import Agent
 from qemu_ioasid.config import GuestConfig
 from qemu_ioasid.console import Console
-from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.errors import (
     CallFailed,
     ConnectionLost,
@@ -25,13 +25,32 @@ from qemu_ioasid.machine import COMMAND_LINE, Dial, Ending, Machine, blamed, com
 #: From QEMU's start to the first reply of the agent, in seconds of the reference machine.
 BOOT_SECONDS = 90.0
 
-#: A guest's mdev number n sits at 0000:00:(FIRST_SLOT + n).0.
+#: A guest's mdev number n sits behind a root port of its own, at 0000:00:(FIRST_SLOT + n).0.
 FIRST_SLOT = 0x10
+#: For QEMU to answer, and for a guest to let go of a device or to find it.
+PLUG_SECONDS = 30.0
 
 
 def device_address(index: int) -> str:
-    """The PCI address, in the guest, of its mdev number *index*."""
-    return f"0000:00:{FIRST_SLOT + index:02x}.0"
+    """The PCI address, in the guest, of its mdev number *index*.
+
+    Firmware numbers the buses in the order of the root ports, and there is no other bridge.
+    """
+    return f"0000:{1 + index:02x}:00.0"
+
+
+def _plugged(mdev: str, uuid: str) -> dict[str, str]:
+    """QEMU's options for an mdev, but for its id and its fd."""
+    return {
+        "driver": "vfio-pci",
+        "iommufd": "iommufd0",
+        "sysfsdev": f"/sys/bus/mdev/devices/{uuid}",
+        "bus": f"port.{mdev}",
+    }
+
+
+#: One huge page is the arena. vfio-pci takes each pdma as it comes (drivers/vfio/pdma).
+_OWN_COMMAND_LINE = "hugepages=1 pcie_ports=native vfio_pci.ids=1234:70d1 ROLE=guest"
 
 
 class Place:
@@ -84,20 +103,26 @@ def argv(name: str, config: GuestConfig, place: Place, mdevs: dict[str, str]) ->
         *(("-accel", "kvm") if kvm else ("-accel", "tcg,thread=multi")),
         *("-cpu", "host" if kvm else "max"),
         *("-machine", f"q35{',kernel-irqchip=split' if kvm else ''},memory-backend=ram"),
+        # Root ports' own hotplug (PCI Express 6.7): the kernel has no other.
+        *("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"),
         *("-m", f"{config.memory >> 20}M"),
         "-object",
         f"memory-backend-file,id=ram,share=on,mem-path=/proc/self/fd/{{memory}},size={config.memory}",
-        *("-kernel", place.kernel, "-append", f"{COMMAND_LINE} hugepages=1 ROLE=guest"),
+        *("-kernel", place.kernel, "-append", f"{COMMAND_LINE} {_OWN_COMMAND_LINE}"),
         *place.ports(name),
+        # The agent's own way to QEMU, to hear what is unplugged.
+        *("-chardev", "socket,id=monitor,fd={monitor}", "-mon", "chardev=monitor,mode=control"),
         *common_argv(name, config.viommu.device(place.viommu), config.cpus),
         *disk_argv(dict(place.disks)),
         *("-object", "iommufd,id=iommufd0,fd={iommufd}"),
     ]
     for index, mdev in enumerate(config.mdevs):
+        slot = FIRST_SLOT + index
+        options = {"id": mdev, "fd": f"{{device:{mdev}}}", **_plugged(mdev, mdevs[mdev])}
+        driver = options.pop("driver")
         words += [
-            "-device",
-            f"vfio-pci,id={mdev},fd={{device:{mdev}}},iommufd=iommufd0,"
-            f"sysfsdev=/sys/bus/mdev/devices/{mdevs[mdev]},addr={FIRST_SLOT + index:#x}",
+            *("-device", f"pcie-root-port,id=port.{mdev},chassis=1,slot={slot},addr={slot:#x}"),
+            *("-device", ",".join([driver, *(f"{k}={v}" for k, v in options.items())])),
         ]
     return words
 
@@ -183,6 +208,40 @@ def boot(
             machine.hello = agent.call("hello", deadline=deadline)
         undo.pop_all()
         yield machine
+
+
+def unplug(host: Machine, guest: Machine, mdev: str, index: int) -> None:
+    """Take *mdev*, number *index* of the guest's, out of the running *guest*; the guest lets go.
+
+    Its PASID list is gone with it when this returns. Raises CallFailed (ETIMEDOUT).
+    """
+    host.agent.call("guest_unplug", guest=guest.name, device=mdev)
+    guest.agent.call("device_eject", name=mdev, bdf=device_address(index))
+    unplugged(host, guest.name, mdev)
+
+
+def unplugged(host: Machine, name: str, mdev: str) -> None:
+    """Return when *mdev* is out of guest *name*, whoever unplugs it. Raises CallFailed."""
+    deadline = Deadline(PLUG_SECONDS + 5, f"{mdev} out of {name}")
+    seconds = PLUG_SECONDS * calibration()
+    host.agent.call("guest_unplugged", deadline=deadline, guest=name, device=mdev, seconds=seconds)
+
+
+def plug(host: Machine, guest: Machine, mdev: str, index: int, uuid: str) -> None:
+    """Plug *mdev* into the running *guest*, where it was, and have the guest open it.
+
+    Raises CallFailed: EBUSY where it is open, ETIMEDOUT when the guest does not find it.
+    """
+    deadline = Deadline(PLUG_SECONDS + 5, f"{mdev} in {guest.name}")
+    arguments = _plugged(mdev, uuid)
+    host.agent.call("guest_plug", guest=guest.name, device=mdev, uuid=uuid, arguments=arguments)
+    guest.agent.call(
+        "device_open",
+        deadline=deadline,
+        name=mdev,
+        bdf=device_address(index),
+        seconds=PLUG_SECONDS * calibration(),
+    )
 
 
 def _give_up(host: Machine, name: str, logs: Path) -> None:

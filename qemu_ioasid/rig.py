@@ -201,6 +201,7 @@ class Rig:
         left = [f"the parent's table has {told['table']}"] if told["table"] else []
         left += [f"{name}'s list has {rows}" for name, rows in told["lists"].items() if rows]
         left += [f"guest {name} is gone" for name in self.guests if name not in told["running"]]
+        left += [f"{name} is unplugged" for name in self.mdevs if name not in told["lists"]]
         self._heard(answers)
         return left
 
@@ -240,6 +241,23 @@ class Rig:
             for arrived in arrivals:
                 if not arrived.wait(deadline.remaining()):
                     raise deadline.exceeded()
+
+    def unplug(self, device: str) -> None:
+        """Take *device* out of the guest that has it, which runs on and lets go of it.
+
+        All that was registered on it is gone. Raises CallFailed.
+        """
+        guest = self._owner(device)
+        guestvm.unplug(self.host, guest.machine, device, guest.mdevs.index(device))
+
+    def plug(self, device: str) -> None:
+        """Give *device* back to its guest, which opens it. Raises CallFailed."""
+        guest = self._owner(device)
+        index = guest.mdevs.index(device)
+        guestvm.plug(self.host, guest.machine, device, index, self.mdevs[device])
+
+    def _owner(self, device: str) -> Guest:
+        return next(guest for guest in self.guests.values() if device in guest.mdevs)
 
     def stop_guest(self, name: str) -> None:
         """SIGKILL the guest's QEMU; its devices are closed when this returns."""

@@ -11,7 +11,7 @@ from qemu_ioasid.agent.common import Common, with_several
 from qemu_ioasid.agent.hello import machine
 from qemu_ioasid.agent.iommufd import IOMMU
 from qemu_ioasid.agent.opendevice import OwnDevices
-from qemu_ioasid.agent.pci import DRIVER, give_to_vfio
+from qemu_ioasid.agent.pci import DRIVER, give_to_vfio, switch_off, wait_for_driver
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ BIND_BASE = 1 << 32
 # fmt: off
 OPERATIONS = (
     "hello", "arena", "nonce", "fill", "write", "read", "watch", "changes",
-    "device_open", "device_close", "ioas_map", "ioas_unmap", "bind_request",
+    "device_open", "device_close", "device_eject", "ioas_map", "ioas_unmap", "bind_request",
     "bound", "unbound", "bindings", "reset",
 )
 # fmt: on
@@ -129,8 +129,10 @@ class Guest:
 
     # --- devices, and work without a PASID ----------------------------------------------
 
-    def device_open(self, name: str, bdf: str) -> Json:
-        """Takes a PCI function for this agent and opens it."""
+    def device_open(self, name: str, bdf: str, seconds: float = 0) -> Json:
+        """Takes a PCI function for this agent and opens it; one that comes within seconds."""
+        if seconds:
+            wait_for_driver(bdf, seconds)
         opened = self._own.open(name, give_to_vfio(bdf), f"agent:{name}")
         registers = opened.ring.registers()
         return {"name": name, "bdf": bdf, "ioas": opened.ioas, "registers": registers}
@@ -138,6 +140,12 @@ class Guest:
     def device_close(self, name: str) -> None:
         """Closes a device; its mappings are gone."""
         self._own.close_one(name)
+
+    def device_eject(self, name: str, bdf: str) -> None:
+        """Lets go of a PCI function, closes the device if it is open, and turns its slot off."""
+        if name in [opened.device.name for opened in self._own.all()]:
+            self._own.close_one(name)
+        switch_off(bdf)
 
     def ioas_map(
         self, name: str, iova: int, offset: int, length: int, writeable: bool = True

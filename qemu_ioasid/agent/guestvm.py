@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Mapping, Sequence
     from subprocess import Popen
+    from typing import Any
 
     from qemu_ioasid.agent.iommufd import Iommufd
+    from qemu_ioasid.agent.monitor import Monitor
     from qemu_ioasid.agent.spawn import Spawner
     from qemu_ioasid.agent.vfio import VfioDevice
 
@@ -70,6 +72,8 @@ class GuestVm:
     Owns the RAM file, the iommufd, the device files and the socket folder. When QEMU dies, by
     itself or by stop(), a thread of this object reaps it and closes the devices (whose PASID lists
     die with them), the iommufd and the sockets; only the memory stays to be read, until forget().
+    The same thread closes a device that QEMU says is gone, on whoever's wish: this object's copy of
+    its file is then the last one.
     """
 
     def __init__(
@@ -87,7 +91,12 @@ class GuestVm:
         self.name = name
         self.memory_size = memory_size
         self.iommufd = iommufd
+        # Replaced, never changed: others go through it meanwhile.
         self.devices = dict(devices)
+        self._plugging = threading.Condition()
+        self._dead = False
+        self._monitor: Monitor | None = None
+        self._on_unplugged: Callable[[VfioDevice], None] = lambda device: None
         self.pid = 0
         self.returncode: int | None = None
         self.socket_paths: dict[str, str] = {}
@@ -110,6 +119,7 @@ class GuestVm:
         argv: Sequence[str],
         socket_names: Sequence[str],
         on_exit: Callable[[GuestVm], None],
+        on_unplugged: Callable[[VfioDevice], None],
         inherit: Sequence[int] = (),
     ) -> int:
         """Starts QEMU; returns its pid. Once. On failure everything but forget() is undone.
@@ -117,12 +127,13 @@ class GuestVm:
         inherit are open fds of this process that QEMU gets, too, by the same numbers.
 
         on_exit runs in this object's thread when QEMU is dead and its files are closed, before
-        stop() returns. Raises OSError.
+        stop() returns; on_unplugged when a device is gone and its file closed, before
+        wait_unplugged() returns. Raises OSError.
         """
+        self._on_unplugged = on_unplugged
         with ExitStack() as stack:
             stack.callback(self.iommufd.close)
-            for device in self.devices.values():
-                stack.callback(device.close)
+            stack.callback(self._close_devices)
             sockets = _listening(f"{RUNTIME}/{self.name}", socket_names, stack)
             process = self._spawn(spawner, argv, sockets, inherit, stack)
             for name, listener in sockets.items():
@@ -156,6 +167,7 @@ class GuestVm:
                 numbers[f"device:{name}"] = fd
             for name, listener in sockets.items():
                 numbers[f"socket:{name}"] = listener.fileno()
+            numbers["monitor"] = borrowed.enter_context(self._monitored(stack)).fileno()
             command = substituted(argv, numbers)
             process = spawner.spawn(command, [*numbers.values(), *inherit], self._output)
         try:
@@ -167,11 +179,27 @@ class GuestVm:
         stack.callback(self._pidfd.close)
         return process
 
+    def _monitored(self, stack: ExitStack) -> socket.socket:
+        """A monitor that ends with stack; gives QEMU's end of its socket."""
+        import socket
+
+        from qemu_ioasid.agent.monitor import Monitor
+
+        ours, theirs = socket.socketpair()
+        self._monitor = Monitor(ours, self._event)
+        stack.callback(self._monitor.close)
+        return theirs
+
     def _watch(self, process: Popen[bytes], on_exit: Callable[[GuestVm], None]) -> None:
+        assert self._monitor
+        monitor = self._monitor.fileno()
         with self._pidfd.borrowed() as fd:
             poll = select.poll()
             poll.register(fd, select.POLLIN)
-            poll.poll()
+            poll.register(monitor, select.POLLIN)
+            while fd not in (ready := {number for number, _ in poll.poll()}):
+                if monitor in ready and not self._monitor.receive():
+                    poll.unregister(monitor)
         # Nobody else waits for it, so the pid stays its own until here.
         self.returncode = process.wait()
         try:
@@ -179,6 +207,62 @@ class GuestVm:
             on_exit(self)
         finally:
             self._gone.set()
+
+    # --- devices that come and go ------------------------------------------------------
+
+    def _close_devices(self) -> None:
+        with self._plugging:
+            self._dead = True
+        for device in self.devices.values():
+            device.close()
+
+    def _event(self, name: str, data: Mapping[str, Any]) -> None:
+        device = self.devices.get(data.get("device", "")) if name == "DEVICE_DELETED" else None
+        if device:
+            self._remove(device)
+
+    def _remove(self, device: VfioDevice) -> None:
+        device.close()
+        self._on_unplugged(device)
+        with self._plugging:
+            self.devices = {k: v for k, v in self.devices.items() if v is not device}
+            self._plugging.notify_all()
+
+    def plug(self, device: VfioDevice, arguments: Mapping[str, Any], seconds: float) -> None:
+        """Has QEMU plug in a device by device_add's arguments, but for its id and its fd.
+
+        Takes over the device, and closes it on failure. Raises monitor.Refused, TimeoutError,
+        ConnectionError; OSError EEXIST: it has one of that name.
+        """
+        fdname = f"plug-{device.name}"
+        with ExitStack() as undo:
+            undo.callback(device.close)
+            with self._plugging:
+                if self._dead or not self._monitor:
+                    raise ConnectionResetError(f"guest {self.name} is gone")
+                if device.name in self.devices:
+                    raise OSError(errno.EEXIST, f"{self.name} has a device {device.name!r}")
+                self.devices = {**self.devices, device.name: device}
+            undo.callback(self._remove, device)
+            with device.descriptor.borrowed() as fd:
+                self._monitor.execute("getfd", {"fdname": fdname}, seconds, [fd])
+            named = {**arguments, "id": device.name, "fd": fdname}
+            self._monitor.execute("device_add", named, seconds)
+            undo.pop_all()
+
+    def unplug(self, name: str, seconds: float) -> None:
+        """Has QEMU ask the guest to let go of a device. Raises as plug(), KeyError."""
+        if name not in self.devices:
+            raise KeyError(f"{self.name} has no device {name!r}")
+        if not self._monitor:
+            raise ConnectionResetError(f"guest {self.name} is gone")
+        self._monitor.execute("device_del", {"id": name}, seconds)
+
+    def wait_unplugged(self, name: str, seconds: float) -> None:
+        """Returns when a device is gone, and closed here. Raises TimeoutError."""
+        with self._plugging:
+            if not self._plugging.wait_for(lambda: name not in self.devices, seconds):
+                raise TimeoutError(f"{self.name} let go of {name}: not within {seconds:g} s")
 
     @property
     def running(self) -> bool:

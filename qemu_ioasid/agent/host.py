@@ -13,7 +13,11 @@ from qemu_ioasid.agent.common import Common, with_several
 from qemu_ioasid.agent.deadline import wait_for
 from qemu_ioasid.agent.guestvm import GuestVm
 from qemu_ioasid.agent.hello import executable, machine
+<<<<<<< HEAD
 from qemu_ioasid.agent.holder import Holders
+=======
+from qemu_ioasid.agent.hotplug import Hotplug
+>>>>>>> d446d52 (Hotplug: devices leave running guests and come back, their lists gone with them)
 from qemu_ioasid.agent.iommufd import IOMMU, Iommufd
 from qemu_ioasid.agent.opendevice import OwnDevices
 from qemu_ioasid.agent.raw import Raw
@@ -80,8 +84,12 @@ class Host:
             **kmemleak.operations,
             **{name: getattr(self, name) for name in OPERATIONS},
             **Batches(self._registrar, self._device, self._iommufd).operations,
+<<<<<<< HEAD
             **self._raw.operations,
             **self._holders.operations,
+=======
+            **Hotplug(self._guest, self._opened_for).operations,
+>>>>>>> d446d52 (Hotplug: devices leave running guests and come back, their lists gone with them)
             "device_submit": self._own.submit,
             "device_submit_start": self._own.submit_start,
             "device_submit_wait": self._own.submit_wait,
@@ -208,18 +216,22 @@ class Host:
             if name in self._guests:
                 raise OSError(errno.EEXIST, f"there is a guest {name!r}")
             iommufd = stack.enter_context(Iommufd.open(name))
-            opened = {}
-            for label, uuid in devices.items():
-                self._refuse_open(label)
-                device = VfioDevice.open(label, f"{MDEV_DEVICES}/{uuid}", iommufd)
-                opened[label] = stack.enter_context(device)
-                self._uuids[label] = uuid
+            opened = {
+                label: stack.enter_context(self._opened_for(label, uuid, iommufd))
+                for label, uuid in devices.items()
+            }
             guest = GuestVm(name, memory, huge, iommufd, opened)
             stack.callback(guest.forget)
             with self._lock:
                 self._guests[name] = guest
             stack.callback(self._guests.pop, name)
+<<<<<<< HEAD
             pid = guest.start(self._spawning(), argv, sockets, self._guest_gone, inherit or ())
+=======
+            pid = guest.start(
+                self._spawner, argv, sockets, self._guest_gone, self._unplugged, inherit or ()
+            )
+>>>>>>> d446d52 (Hotplug: devices leave running guests and come back, their lists gone with them)
             stack.pop_all()
         return {
             "pid": pid,
@@ -227,6 +239,7 @@ class Host:
             "devices": {label: device.cdev for label, device in opened.items()},
         }
 
+<<<<<<< HEAD
     def _spawning(self) -> Spawner:
         from qemu_ioasid.agent.spawn import Spawner
 
@@ -234,6 +247,17 @@ class Host:
             if self._spawner is None:
                 self._spawner = Spawner()
             return self._spawner
+=======
+    def _opened_for(self, label: str, uuid: str, iommufd: Iommufd) -> VfioDevice:
+        self._refuse_open(label)
+        device = VfioDevice.open(label, f"{MDEV_DEVICES}/{uuid}", iommufd)
+        self._uuids[label] = uuid
+        return device
+
+    def _unplugged(self, device: VfioDevice) -> None:
+        self._registrar.drop_device(device)
+        self._emit({"event": "device-unplugged", "device": device.name})
+>>>>>>> d446d52 (Hotplug: devices leave running guests and come back, their lists gone with them)
 
     def _guest_gone(self, guest: GuestVm) -> None:
         for device in guest.devices.values():

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from qemu_ioasid import config
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.errors import ConfigurationError
-from qemu_ioasid.scenarios import attacks, faults, isolation, stage, stress
+from qemu_ioasid.scenarios import attacks, faults, hotplug, isolation, stage, stress
 from qemu_ioasid.scenarios.table import Row
 
 
@@ -30,6 +30,7 @@ class Scenario(NamedTuple):
 SCENARIOS = {
     "isolation": Scenario(isolation.rows, isolation.run),
     "attacks": Scenario(attacks.rows, attacks.run),
+    "hotplug": Scenario(hotplug.rows, hotplug.run),
     "boot": Scenario(stage.rows, stage.run),
     "stress": Scenario(stress.rows, stress.run, stress.RIG, ("seconds", "seed")),
     "faults": Scenario(faults.rows, faults.run, stress.RIG),

@@ -25,6 +25,7 @@ from qemu_ioasid.agent import guestvm
 from qemu_ioasid.agent.descriptor import Descriptor
 from qemu_ioasid.agent.guestvm import GuestVm, substituted
 from qemu_ioasid.agent.iommufd import Iommufd
+from qemu_ioasid.agent.monitor import Refused
 from qemu_ioasid.agent.spawn import Spawner
 from qemu_ioasid.agent.vfio import VfioDevice
 from tests.agent.conftest import ROOT, SECONDS
@@ -59,6 +60,8 @@ class Parts:
             "g1", 1 << 20, False, space, {"a": VfioDevice(Descriptor(device, "a"), "vfio0", space)}
         )
         self.exits: list[tuple[int | None, bool, bool]] = []
+        #: What was unplugged, and whether it was closed here by then.
+        self.unplugged: list[tuple[str, bool]] = []
 
     def on_exit(self, guest: GuestVm) -> None:
         """Notes the return code, and whether device and iommufd are closed everywhere."""
@@ -66,7 +69,11 @@ class Parts:
 
     def start(self, argv: list[str]) -> int:
         """Starts the guest with one socket."""
-        return self.guest.start(Spawner(), argv, ["qmp"], self.on_exit)
+        return self.guest.start(Spawner(), argv, ["qmp"], self.on_exit, self.on_unplugged)
+
+    def on_unplugged(self, device: VfioDevice) -> None:
+        """Notes the device."""
+        self.unplugged.append((device.name, device.descriptor.closed))
 
 
 def hung_up(fd: int) -> bool:
@@ -100,8 +107,8 @@ def test_the_child_gets_exactly_its_files(parts: Parts) -> None:
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     with connected(parts) as client:
         said = json.loads(client.recv(4096))
-        # 0, 1, 2, the four of its own, and the folder that listdir itself has open
-        assert len(said["inherited"]) == 3 + 4 + 1
+        # 0, 1, 2, the four of its own, the monitor, and the folder that listdir itself has open
+        assert len(said["inherited"]) == 3 + 4 + 1 + 1
         assert said["pid"] == pid
         assert parts.guest.memory[0:5] == b"hello"
         assert parts.guest.running
@@ -160,6 +167,87 @@ def test_a_folder_left_by_a_killed_agent_is_no_obstacle(parts: Parts, tmp_path: 
     parts.start(ARGV)
     with connected(parts) as client:
         assert client.recv(4096)
+
+
+# what QEMU's monitor does with devices; any other device than "a" cannot be plugged in
+MONITOR = """
+import json, os, socket, sys
+monitor = socket.socket(fileno=int(sys.argv[1]))
+os.close(int(sys.argv[2]))
+monitor.sendall(b'{"QMP": {}}\\r\\n')
+data, passed = b"", []
+while True:
+    said, fds, _, _ = socket.recv_fds(monitor, 4096, 4)
+    if not said:
+        sys.exit(3)
+    data += said
+    passed += fds
+    *lines, data = data.split(b"\\n")
+    for line in map(json.loads, lines):
+        arguments, answer = line.get("arguments", {}), {"return": {}, "id": line["id"]}
+        if line["execute"] == "device_add" and arguments["id"] != "a":
+            os.close(passed.pop())
+            answer = {"error": {"class": "GenericError", "desc": "no such thing"}, "id": line["id"]}
+        if line["execute"] == "device_del":
+            gone = {"device": arguments["id"], "path": "/machine"}
+            for event in ({"event": "DEVICE_UNPLUGGED"}, {"event": "DEVICE_DELETED", "data": gone}):
+                monitor.sendall(json.dumps(event).encode() + b"\\r\\n")
+            if passed:
+                os.close(passed.pop())
+        if line["execute"] == "device_del" and arguments["id"] == "garbage":
+            monitor.sendall(b"what?\\n")
+        monitor.sendall(json.dumps(answer).encode() + b"\\r\\n")
+"""
+MONITORED = [PYTHON, "-c", MONITOR, "{monitor}", "{device:a}"]
+
+
+def device(name: str) -> tuple[int, VfioDevice]:
+    """A pipe for a device, and its other end."""
+    end, fd = os.pipe()
+    return end, VfioDevice(Descriptor(fd, name), "vfio1")
+
+
+def test_a_device_that_qemu_lets_go_of_is_closed_here(parts: Parts) -> None:
+    parts.start(MONITORED)
+    parts.guest.unplug("a", SECONDS)
+    parts.guest.wait_unplugged("a", SECONDS)
+    assert parts.unplugged == [("a", True)] and hung_up(parts.device_end)
+    assert parts.guest.running and not parts.guest.devices
+    with pytest.raises(KeyError, match="no device 'a'"):
+        parts.guest.unplug("a", SECONDS)
+    # Plugged in again: QEMU has a copy of its file, and closes it.
+    end, again = device("a")
+    parts.guest.plug(again, {"driver": "vfio-pci"}, SECONDS)
+    assert not hung_up(end) and parts.guest.devices == {"a": again}
+    parts.guest.unplug("a", SECONDS)
+    parts.guest.wait_unplugged("a", SECONDS)
+    assert hung_up(end)
+    os.close(end)
+
+
+def test_a_device_that_qemu_refuses_is_closed(parts: Parts) -> None:
+    parts.start(MONITORED)
+    end, refused = device("b")
+    with pytest.raises(Refused, match="no such thing"):
+        parts.guest.plug(refused, {"driver": "vfio-pci"}, SECONDS)
+    assert hung_up(end) and list(parts.guest.devices) == ["a"]
+    os.close(end)
+    with pytest.raises(TimeoutError, match="g1 let go of a"):
+        parts.guest.wait_unplugged("a", 0.01)
+
+
+def test_a_monitor_that_ends_does_not_end_the_guest(parts: Parts) -> None:
+    parts.start(MONITORED)
+    assert parts.guest._monitor
+    with pytest.raises(ConnectionError):
+        parts.guest._monitor.execute("device_del", {"id": "garbage"}, SECONDS)
+    parts.guest._gone.wait(SECONDS)
+    assert parts.exits == [(3, True, True)]
+    end, late = device("b")
+    with pytest.raises(ConnectionError):
+        parts.guest.plug(late, {}, SECONDS)
+    assert hung_up(end)
+    os.close(end)
 
 
 def test_substitution_leaves_other_braces_alone() -> None:
