@@ -20,10 +20,47 @@ from pathlib import Path
 from typing import Any
 
 from qemu_ioasid.deadline import Deadline, calibration
-from qemu_ioasid.errors import AgentError, CallFailed, ConnectionLost, DeadlineExceeded
+from qemu_ioasid.errors import (
+    AgentError,
+    CallFailed,
+    ConnectionLost,
+    DeadlineExceeded,
+    InfrastructureError,
+)
+from qemu_ioasid.logfile import LogFile
+from qemu_ioasid.shape import misfit
+from qemu_ioasid.text import cut, lines, visible
 
 #: How an agent's first line begins.
-_BEGIN = '{"event": "ready"'
+_BEGIN = b'{"event": "ready"'
+#: The longest line that an agent may say, in bytes: most of it is memory that was read, in hex.
+LONGEST = 64 << 20
+#: How much of its words goes into a message, in characters.
+QUOTED, TRACEBACK = 2000, 20_000
+#: Arguments that no log keeps: a key, and what a VM's chance comes from.
+_SECRET = ("host_key", "entropy")
+_ERROR = {"type": str, "message": str, "traceback?": str, "errno?": int | None}
+_RANGE = {"offset": int, "length": int}
+_CHANGES = {"changed": [_RANGE], "unexpected": [_RANGE]}
+_COMPLETION = {"status": str | int, "pasid": int, "error": int, "addr": int, "done": int}
+#: What the answers to operations must be like (docs/agent.md): guests say what they like.
+_ANSWERS: dict[str, Any] = {
+    "hello": {"role": str, "release": str, "kernel": dict},
+    "arena": {"gpa": int, "size": int},
+    "nonce": {"hex": str},
+    "read": {"hex": str},
+    "watch": {"nonce": str},
+    "changes": _CHANGES,
+    "submit": [_COMPLETION],
+    "submit_wait": [_COMPLETION],
+    "submit_start": {"ticket": int},
+    "bind_request": {"iova": int, "gpa": int, "length": int},
+    "news": {"news": [str]},
+    "reset": {"news": [str]},
+    "wake": {"now": int},
+    "ssh_start": {"pid": int},
+}
+
 #: What an operation may take that says nothing else, in seconds of the reference machine.
 CALL_SECONDS = 45.0
 
@@ -31,13 +68,17 @@ CALL_SECONDS = 45.0
 class Pending:
     """An operation under way."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, agent: str, op: str) -> None:
+        self._name = f"{agent}: {op}"
+        self._op = op
         self._done = threading.Event()
         self._answer: dict[str, Any] | None = None
+        self._lost: InfrastructureError | None = None
 
-    def _finish(self, answer: dict[str, Any] | None) -> None:
-        self._answer = answer
+    def _finish(
+        self, answer: dict[str, Any] | None, lost: InfrastructureError | None = None
+    ) -> None:
+        self._answer, self._lost = answer, lost
         self._done.set()
 
     def ends_within(self, seconds: float) -> bool:
@@ -48,35 +89,41 @@ class Pending:
         """The operation's value.
 
         Raises CallFailed when it ended with an errno (ETIMEDOUT: what it waited
-        for did not happen), AgentError when with something else,
-        ConnectionLost, DeadlineExceeded.
+        for did not happen), AgentError when with something else or with no
+        answer that can be one, ConnectionLost, DeadlineExceeded.
         """
         if not self._done.wait(deadline.remaining()):
             raise deadline.exceeded()
         if self._answer is None:
-            raise ConnectionLost(f"{self._name}: the agent went away")
+            raise self._lost or ConnectionLost(f"{self._name}: the agent went away")
         error = self._answer.get("error")
         if error is None:
+            wrong = misfit(self._answer, {"ok": _ANSWERS.get(self._op, object)})
+            if wrong:
+                raise AgentError(f"{self._name}: what the agent says is no answer: {wrong}")
             return self._answer["ok"]
-        message = f"{self._name}: {error['message']}"
-        evidence = error.get("traceback", "")
+        wrong = misfit(error, _ERROR)
+        if wrong:
+            raise AgentError(f"{self._name}: what the agent says is no error: {wrong}")
+        message = f"{self._name}: {_quoted(error['message'])}"
+        evidence = "\n".join(lines(cut(error.get("traceback", ""), TRACEBACK)))
         if error["type"] == "TimeoutError":
             # What the agent waited for is the kernel's to do: its silence is an answer too.
             raise CallFailed(message, errno.ETIMEDOUT, evidence=evidence)
         if error.get("errno"):
             raise CallFailed(message, error["errno"], evidence=evidence)
-        raise AgentError(f"{message} ({error['type']})", evidence=evidence)
+        raise AgentError(f"{message} ({_quoted(error['type'])})", evidence=evidence)
 
 
 class Agent:
     """A running agent. Calls from several threads are independent of each other."""
 
-    def __init__(self, name: str, send: Callable[[bytes], None], log: Path) -> None:
+    def __init__(self, name: str, send: Callable[[bytes], None], log: LogFile) -> None:
         self.name = name
         self._send = send
         self._log = log
         self._lock = threading.Lock()
-        self._log_lock = threading.Lock()
+        self._broken: AgentError | None = None
         self._pending: dict[int, Pending] = {}
         self._next = 0
         self._lost = threading.Event()
@@ -105,14 +152,14 @@ class Agent:
         """Begin an operation and return at once."""
         with self._lock:
             if self.lost:
-                raise ConnectionLost(f"{self.name}: the agent went away")
+                raise self._broken or ConnectionLost(f"{self.name}: the agent went away")
             self._next += 1
             number = self._next
-            pending = self._pending[number] = Pending(f"{self.name}: {op}")
-            line = json.dumps({"id": number, "op": op, "args": args})
-            self._write_log(">", line)
+            pending = self._pending[number] = Pending(self.name, op)
+            told = {name: "(not kept)" if name in _SECRET else args[name] for name in args}
+            self._write_log(">", _request(number, op, told))
             try:
-                self._send(line.encode() + b"\n")
+                self._send(_request(number, op, args) + b"\n")
             except OSError:
                 raise ConnectionLost(f"{self.name}: the agent went away") from None
         return pending
@@ -133,22 +180,23 @@ class Agent:
         if not self._ready.wait(deadline.remaining()):
             raise deadline.exceeded()
         if self.lost:
-            raise ConnectionLost(f"{self.name}: the agent did not start")
+            raise self._broken or ConnectionLost(f"{self.name}: the agent did not start")
 
     def renew(self) -> None:
         """Expect another agent on the same channel: its VM has ended, and is to be booted again."""
         with self._lock:
             self._lost.clear()
             self._ready.clear()
+            self._broken = None
 
-    def _write_log(self, direction: str, line: str) -> None:
-        with self._log_lock, open(self._log, "a") as file:
-            file.write(f"{time.time():.3f} {direction} {line}\n")
+    def _write_log(self, direction: str, line: bytes) -> None:
+        self._log.write(f"{time.time():.3f} {direction} ".encode() + line + b"\n")
 
-    def _take(self, line: str) -> None:
+    def _take(self, line: bytes) -> None:
+        """Raises ValueError for what no agent says."""
         self._write_log("<", line)
         try:
-            message = json.loads(line)
+            message = _message(line)
         except ValueError:
             if self._ready.is_set() and not self.lost:
                 raise
@@ -156,7 +204,7 @@ class Agent:
             _, begin, rest = line.rpartition(_BEGIN)
             if not begin:
                 return
-            message = json.loads(begin + rest)
+            message = _message(begin + rest)
         if "event" in message:
             if message["event"] == "ready":
                 self._ready.set()
@@ -167,26 +215,72 @@ class Agent:
         if pending is not None:
             pending._finish(message)
 
+    def _break(self, why: str, said: bytes) -> None:
+        """The agent breaks the protocol: nothing it says is believed any more."""
+        with self._lock:
+            self._broken = AgentError(
+                f"{self.name}: what the agent says is no answer: {_quoted(why)}",
+                evidence=_quoted(said[: QUOTED + 1].decode(errors="replace")),
+            )
+        self.lose()
+
     def lose(self) -> None:
         """The agent is gone, as far as its VM is known to be: every wait on it ends."""
         with self._lock:
             self._lost.set()
             pending, self._pending = self._pending, {}
         for each in pending.values():
-            each._finish(None)
+            each._finish(None, self._broken)
         self._ready.set()
 
 
+def _quoted(text: str) -> str:
+    """What a VM said, for a line of ours."""
+    return cut(visible(cut(text, QUOTED)), QUOTED)
+
+
+def _request(number: int, op: str, args: dict[str, Any]) -> bytes:
+    return json.dumps({"id": number, "op": op, "args": args}).encode()
+
+
+def _message(line: bytes) -> dict[str, Any]:
+    """What an agent says in a line. Raises ValueError when it is nothing that one says."""
+    try:
+        message = json.loads(line)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    for shape in ({"event": str}, {"id": int, "ok": object}, {"id": int | None, "error": dict}):
+        if misfit(message, shape) is None:
+            return dict(message)
+    raise ValueError("neither event nor answer")
+
+
 def _read(agent: Agent, recv: Callable[[int], bytes]) -> None:
-    rest = b""
+    parts: list[bytes] = []
+    size = 0
     try:
         with contextlib.suppress(OSError):
             while data := recv(65536):
-                *lines, rest = (rest + data).split(b"\n")
-                for line in lines:
-                    agent._take(line.decode())
+                *ends, rest = data.split(b"\n")
+                for end in ends:
+                    _take(agent, b"".join([*parts, end]))
+                    parts, size = [], 0
+                size += len(rest)
+                if size <= LONGEST:
+                    parts.append(rest)
+                elif parts:
+                    agent._break(f"a line of more than {LONGEST >> 20} MiB", parts[0])
+                    parts = []
     finally:
         agent.lose()
+
+
+def _take(agent: Agent, line: bytes) -> None:
+    try:
+        agent._take(line)
+    except ValueError as error:
+        # To the end, whatever comes: the VM blocks when nobody reads, and may get another agent.
+        agent._break(str(error), line)
 
 
 @contextlib.contextmanager
@@ -201,7 +295,8 @@ def attach(stream: socket.socket, name: str, log: Path) -> Iterator[Agent]:
     stream.setsockopt(
         socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", math.ceil(seconds), 0)
     )
-    agent = Agent(name, stream.sendall, log)
+    kept = LogFile(log)
+    agent = Agent(name, stream.sendall, kept)
     reader = threading.Thread(target=_read, args=(agent, stream.recv), daemon=True)
     reader.start()
     try:
@@ -211,3 +306,4 @@ def attach(stream: socket.socket, name: str, log: Path) -> Iterator[Agent]:
             stream.shutdown(socket.SHUT_RDWR)
         reader.join(5)
         stream.close()
+        kept.close()

@@ -8,11 +8,15 @@ import re
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qemu_ioasid import logfile
 from qemu_ioasid.errors import KernelBroke
+from qemu_ioasid.logfile import LogFile
+from qemu_ioasid.text import visible
 
 #: How a report begins (lib/bug.c, kernel/panic.c, kernel/locking/lockdep.c, mm/kasan/report.c,
 #: kernel/hung_task.c, kernel/watchdog.c, kernel/rcu/tree_stall.h, arch/x86/mm/fault.c).
@@ -43,6 +47,13 @@ EXCERPT = 40
 #: A report is whole when the console has been silent for this long, in seconds.
 SILENCE = 0.3
 
+#: A line that is longer is several, of this many bytes.
+LINE = 4096
+#: A console of more lines is flooded, as is one of more than `logfile.LIMIT` bytes.
+MOST_LINES = 1 << 19
+#: How many of the last lines, and of the first reports, are at hand.
+LINES, REPORTS_KEPT = 20_000, 100
+
 _ESCAPE = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|[c78])")
 
 
@@ -64,46 +75,65 @@ def classify(text: str) -> str | None:
 
 
 class Console:
-    """Collects one VM's console in *path* and recognises reports as they arrive."""
+    """Collects one VM's console in *path* and recognises reports as they arrive.
+
+    A VM that says more than `logfile.LIMIT` bytes, or `MOST_LINES`, is broken: that is a report
+    of its own, ``flood``, and nothing after it is kept or judged.
+    """
 
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
         self.path = path
-        self._lines: list[str] = []
+        #: The last of them, and how many there were before those.
+        self._lines: deque[str] = deque(maxlen=LINES)
+        self._before = 0
+        self._flooded = False
         self._reports: list[Report] = []
         self._lock = threading.Lock()
         self._grown = threading.Condition(self._lock)
-        self._size = path.stat().st_size if path.exists() else 0
+        self._log = LogFile(path, logfile.LIMIT)
         self._ended = threading.Event()
         self.broken = threading.Event()
         self._awaited: dict[str, threading.Event] = {}
 
     def _take(self, text: str) -> None:
         with self._lock:
-            clean = _ESCAPE.sub("", text).rstrip()
-            self._lines.append(clean)
+            clean = visible(_ESCAPE.sub("", text).rstrip().expandtabs())
             for text, arrived in self._awaited.items():
                 if text in clean:
                     arrived.set()
-            kind = classify(clean)
-            if kind is not None:
-                self._reports.append(Report(kind, len(self._lines) - 1, clean))
-                self.broken.set()
+            self._enter(clean, classify(clean) if clean else None)
+
+    def _enter(self, line: str, kind: str | None) -> None:
+        self._before += len(self._lines) == self._lines.maxlen
+        self._lines.append(line)
+        if kind is not None:
+            if len(self._reports) < REPORTS_KEPT:
+                self._reports.append(Report(kind, self._count - 1, line))
+            self.broken.set()
 
     def _pump(self, stream: socket.socket) -> None:
         rest = b""
         try:
-            with open(self.path, "ab", buffering=0) as file:
-                while data := self._receive(stream):
-                    # A full disk must not stop the reading: the VM would block on its console.
-                    with contextlib.suppress(OSError):
-                        file.write(data)
-                        with self._grown:
-                            self._size += len(data)
-                            self._grown.notify_all()
-                    *lines, rest = (rest + data).split(b"\n")
-                    for line in lines:
-                        self._take(line.decode(errors="replace"))
+            # To the end, whatever comes: a VM blocks on a console that nobody reads.
+            while data := self._receive(stream):
+                if self._flooded:
+                    continue
+                with self._grown:
+                    self._log.write(data)
+                    self._grown.notify_all()
+                    if self._log.full or self._count > MOST_LINES:
+                        most = f"{self._log.limit >> 10} KiB or {MOST_LINES} lines"
+                        self._flooded = True
+                        self._enter(f"more than {most} on the console", "flood")
+                        continue
+                *lines, rest = (rest + data).split(b"\n")
+                while len(rest) > LINE:
+                    lines.append(rest[:LINE])
+                    rest = rest[LINE:]
+                for line in lines:
+                    for start in range(0, max(1, len(line)), LINE):
+                        self._take(line[start : start + LINE].decode(errors="replace"))
         finally:
             if rest:
                 self._take(rest.decode(errors="replace"))
@@ -141,7 +171,7 @@ class Console:
                 with self._grown:
                     if stopped():
                         return
-                    if file.tell() < self._size:
+                    if file.tell() < self._log.size:
                         continue
                     if self._ended.is_set():
                         return
@@ -161,23 +191,32 @@ class Console:
     def tail(self, lines: int = EXCERPT) -> str:
         """The last lines."""
         with self._lock:
-            return "\n".join(self._lines[-lines:])
+            return self._between(self._count - lines, self._count)
+
+    @property
+    def _count(self) -> int:
+        return self._before + len(self._lines)
+
+    def _between(self, start: int, end: int) -> str:
+        """The lines from *start* to before *end*, of those at hand."""
+        indexes = range(max(start - self._before, 0), min(end - self._before, len(self._lines)))
+        return "\n".join(self._lines[index] for index in indexes)
 
     @property
     def length(self) -> int:
         """How many lines there are so far."""
         with self._lock:
-            return len(self._lines)
+            return self._count
 
     def since(self, line: int) -> str:
         """The last lines, of those from *line* (from 0) on."""
         with self._lock:
-            return "\n".join(self._lines[max(line, len(self._lines) - EXCERPT) :])
+            return self._between(max(line, self._count - EXCERPT), self._count)
 
     def excerpt(self, report: Report, before: int = 3) -> str:
         """The console around *report*."""
         with self._lock:
-            return "\n".join(self._lines[max(0, report.line - before) : report.line + EXCERPT])
+            return self._between(report.line - before, report.line + EXCERPT)
 
     def check(self, seen: int = 0) -> None:
         """Raise KernelBroke for the first report past the *seen* first ones."""
@@ -193,7 +232,7 @@ class Console:
         """Let the rest of a report arrive: until silence, the end, or *seconds* have passed."""
         end = time.monotonic() + seconds
         lines = -1
-        while lines != (lines := len(self._lines)) and time.monotonic() < end:
+        while lines != (lines := self.length) and time.monotonic() < end:
             if self._ended.wait(SILENCE):
                 return
 
@@ -210,12 +249,13 @@ def attach(stream: socket.socket, name: str, path: Path) -> Iterator[Console]:
         target=console._pump, args=(stream,), name=f"{name} console", daemon=True
     )
     thread.start()
-    try:
-        yield console
-    finally:
-        # The writer is dead by now as a rule: read what it left before closing our end.
-        if not console.wait_end(1.0):
-            with contextlib.suppress(OSError):
-                stream.shutdown(socket.SHUT_RDWR)
-        thread.join(5)
-        stream.close()
+    with console._log:
+        try:
+            yield console
+        finally:
+            # The writer is dead by now as a rule: read what it left before closing our end.
+            if not console.wait_end(1.0):
+                with contextlib.suppress(OSError):
+                    stream.shutdown(socket.SHUT_RDWR)
+            thread.join(5)
+            stream.close()

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qemu_ioasid import client, console
+from qemu_ioasid import client, console, logfile
 from qemu_ioasid.client import Agent
 from qemu_ioasid.config import GuestConfig, HostConfig
 from qemu_ioasid.console import Console
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConnectionLost, KernelBroke, RigError
+from qemu_ioasid.logfile import Collected
 from qemu_ioasid.machine import (
     COMMAND_LINE,
     HUGE_PAGE,
@@ -32,6 +33,7 @@ from qemu_ioasid.machine import (
 from qemu_ioasid.process import Child, spawn
 from qemu_ioasid.qemu import Qemu
 from qemu_ioasid.snapshot import Memory
+from qemu_ioasid.text import lines
 
 #: From QEMU's start to the first reply of the agent, in seconds of the reference machine.
 BOOT_SECONDS = 60.0
@@ -148,7 +150,8 @@ class HostMachine(Machine):
         self.child = child
         self.guest_consoles = guest_consoles
         self.guest_agents = guest_agents
-        self._stderr = logs / "host.qemu.log"
+        #: What QEMU said; set by who starts it.
+        self.output: Collected | None = None
         #: A folder on the host side for files that are `fetch`ed.
         self.folder = "/run"
         agent.on_event(self._event)
@@ -168,12 +171,15 @@ class HostMachine(Machine):
 
     def ending(self) -> Ending:
         """How QEMU ended, and what it said."""
-        return self.child.poll(), self._stderr.read_text(errors="replace")
+        code = self.child.poll()
+        said = self.output.text(ended=code is not None) if self.output else ""
+        return code, said
 
     def explain(self, error: ConnectionLost) -> RigError:
         """What a connection that was lost in mid-run is due to, where that can be told."""
         self.console.wait_end(2.0)
-        code, said = self.ending()
+        code, raw = self.ending()
+        said = "\n".join(lines(raw))
         if code is None:
             return error
         evidence = f"{self.console.tail()}\n{said}".strip()
@@ -210,17 +216,18 @@ def run(
             )
             for name, port in names.items()
         }
-        stderr = stack.enter_context(open(logs / "host.qemu.log", "w+b"))
+        said = stack.enter_context(logfile.collected(logs / "host.qemu.log"))
         child = stack.enter_context(
             spawn(
                 words,
                 env=parts.qemu.env,
                 pass_fds=[*ends.fds(), *memory.fds],
-                stdout=stderr,
+                stdout=said.fd,
                 stderr=subprocess.STDOUT,
             )
         )
         ends.handed_over()
+        said.handed_over()
         agents = {
             name: stack.enter_context(
                 client.attach(
@@ -231,11 +238,11 @@ def run(
             )
             for name in names
         }
-        yield stack.enter_context(
-            HostMachine(
-                parts, consoles.pop("host"), agents.pop("host"), ends, child, logs, consoles, agents
-            )
+        host = HostMachine(
+            parts, consoles.pop("host"), agents.pop("host"), ends, child, logs, consoles, agents
         )
+        host.output = said
+        yield stack.enter_context(host)
 
 
 @contextlib.contextmanager

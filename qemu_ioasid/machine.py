@@ -25,6 +25,7 @@ from qemu_ioasid.errors import (
     InfrastructureError,
 )
 from qemu_ioasid.qmp import Qmp
+from qemu_ioasid.text import lines
 
 if TYPE_CHECKING:
     from qemu_ioasid.ssh import Ssh
@@ -162,7 +163,8 @@ def blamed(name: str, log: Console, ending: Callable[[], Ending]) -> Iterator[No
     except (ConnectionLost, DeadlineExceeded) as error:
         # A VM that died has closed its console; one that hangs has said all it will.
         log.wait_end(1.0)
-        code, said = ending()
+        code, raw = ending()
+        said = "\n".join(lines(raw))
         reports = log.reports
         evidence = f"{log.tail() or '(nothing on the console)'}\n{said}".strip()
         if code and not reports:

@@ -18,6 +18,7 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConnectionLost, InfrastructureError
+from qemu_ioasid.logfile import LogFile
 
 T = TypeVar("T")
 
@@ -54,7 +55,7 @@ class CommandFailed(InfrastructureError):
 class Qmp:
     """A connected monitor. Commands and events are appended to *log*, one JSON object a line."""
 
-    def __init__(self, client: QMPClient, name: str, log: Path) -> None:
+    def __init__(self, client: QMPClient, name: str, log: LogFile) -> None:
         self._client = client
         self._name = name
         self._log = log
@@ -75,10 +76,12 @@ class Qmp:
         finally:
             self._on_event.discard(told)
 
+    def _keep(self, record: dict[str, Any]) -> None:
+        self._log.write(json.dumps(record).encode() + b"\n")
+
     async def _take_events(self) -> None:
         async for event in self._client.events:
-            with open(self._log, "a") as file:
-                file.write(json.dumps(dict(event)) + "\n")
+            self._keep(dict(event))
             for told in list(self._on_event):
                 told(dict(event))
 
@@ -99,8 +102,7 @@ class Qmp:
             record["error"] = str(error)
             raise ConnectionLost(f"{self._name}: QMP {command}: {error}") from None
         finally:
-            with open(self._log, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            self._keep(record)
         return value
 
     def migrate(self, target: str, capabilities: dict[str, bool], deadline: Deadline) -> None:
@@ -163,12 +165,13 @@ def connect(sock: socket.socket, name: str, log: Path, deadline: Deadline) -> It
         _wait(client.connect(sock), deadline)
     except QMPError as error:
         raise ConnectionLost(f"{name}: no QMP greeting: {error}") from None
-    monitor = Qmp(client, name, log)
-    events = asyncio.run_coroutine_threadsafe(monitor._take_events(), _loop())
-    try:
-        yield monitor
-    finally:
-        events.cancel()
-        # A monitor whose QEMU is gone already has nothing to say goodbye to.
-        with contextlib.suppress(QMPError, EOFError, OSError, InfrastructureError):
-            _wait(client.disconnect(), Deadline(5, f"{name}: end of QMP"))
+    with LogFile(log) as kept:
+        monitor = Qmp(client, name, kept)
+        events = asyncio.run_coroutine_threadsafe(monitor._take_events(), _loop())
+        try:
+            yield monitor
+        finally:
+            events.cancel()
+            # A monitor whose QEMU is gone already has nothing to say goodbye to.
+            with contextlib.suppress(QMPError, EOFError, OSError, InfrastructureError):
+                _wait(client.disconnect(), Deadline(5, f"{name}: end of QMP"))

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from qemu_ioasid import page
 from qemu_ioasid.errors import ConfigurationError
-from qemu_ioasid.text import lines, visible
+from qemu_ioasid.shape import misfit
+from qemu_ioasid.text import cut, lines, visible
 
 Verdict = Literal["pass", "fail", "error", "skip"]
 #: What became of an attempt. *leaked*: the witnesses saw what must not be; *wrong*: they did
@@ -34,6 +35,12 @@ VERDICTS = {
     130: "interrupted",
     143: "interrupted",
 }
+
+
+#: The longest text of a check, and the longest evidence, in characters: VMs have their say in both.
+TEXT, EVIDENCE = 20_000, 200_000
+#: The longest status that a device is said to have answered.
+STATUS = 200
 
 
 @dataclass
@@ -131,6 +138,11 @@ class Report:
     def enter(self, check: Check) -> None:
         """A check of the phase under way has been made."""
         check.phase = self._phase
+        for name in ("tried", "answered", "witnesses"):
+            setattr(check, name, cut(getattr(check, name), TEXT))
+        check.evidence = cut(check.evidence, EVIDENCE)
+        for attempt in check.attempts:
+            attempt.answered = cut(attempt.answered, STATUS)
         self.checks.append(check)
         mine = [each for each in self.checks if each.phase == self._phase]
         self.progress(f"{counts(mine)}, last {check.name}")
@@ -138,7 +150,11 @@ class Report:
     def fail(self, exit_code: int, message: str, evidence: str) -> None:
         """The run ended early: with which exit code, for what reason, on what evidence."""
         self.exit_code = exit_code
-        self.error = {"message": message, "evidence": evidence, "phase": self._phase}
+        self.error = {
+            "message": cut(message, TEXT),
+            "evidence": cut(evidence, EVIDENCE),
+            "phase": self._phase,
+        }
 
     @property
     def failed(self) -> bool:
@@ -223,7 +239,7 @@ def write_page(folder: Path, document: dict[str, Any]) -> Path:
     return path
 
 
-#: What report.json must hold for a page to be made of it; "?" ends the keys that came later.
+#: What report.json must hold for a page to be made of it: the keys that came later may be missing.
 _SHAPE: dict[str, Any] = {
     "schema": int,
     "verdict": str,
@@ -264,35 +280,9 @@ def load(folder: Path) -> dict[str, Any]:
         raise ConfigurationError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path}: not JSON: {error}") from None
-    wrong = _misfit(document, _SHAPE, "")
+    wrong = misfit(document, _SHAPE)
     if wrong:
         raise ConfigurationError(f"{path}: not a report: {wrong}")
     if document["schema"] != SCHEMA:
         raise ConfigurationError(f"{path}: schema {document['schema']}; this is for {SCHEMA}")
     return dict(document)
-
-
-def _misfit(value: Any, shape: Any, where: str) -> str | None:
-    """What keeps *value* from having the *shape*: a type, a list of one, or an object of some."""
-    if isinstance(shape, list):
-        if not isinstance(value, list):
-            return f"{where} must be a list"
-        found = (_misfit(each, shape[0], f"{where}[{n}]") for n, each in enumerate(value))
-        return next(filter(None, found), None)
-    if isinstance(shape, dict):
-        if where == "error" and value is None:
-            return None
-        if not isinstance(value, dict):
-            return f"{where or 'it'} must be an object"
-        for key, inner in shape.items():
-            name = key.removesuffix("?")
-            place = f"{where}.{name}".removeprefix(".")
-            if name not in value and not key.endswith("?"):
-                return f"{place} is missing"
-            if name in value and (wrong := _misfit(value[name], inner, place)):
-                return wrong
-        return None
-    if shape is float:
-        fits = isinstance(value, int | float) and 0 <= value < 1e9
-        return None if fits else f"{where} must be seconds"
-    return None if isinstance(value, shape) else f"{where} must be {shape}"

@@ -24,9 +24,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConnectionLost, InfrastructureError
+from qemu_ioasid.text import visible
 
 # Its tracebacks of lost connections would land on the user's terminal.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
+
+#: The most that is read of what a command in a VM writes, in bytes.
+LONGEST = 64 << 20
 
 
 class Stream(Protocol):
@@ -130,7 +134,10 @@ class Ssh:
         return self.output(f"cat {shlex.quote(path)}", deadline)
 
     def output(self, script: str, deadline: Deadline, data: bytes = b"") -> bytes:
-        """What *script*, fed with *data*, writes in the VM; InfrastructureError when it fails."""
+        """What *script*, fed with *data*, writes in the VM.
+
+        Raises InfrastructureError when it fails, or writes more than `LONGEST`.
+        """
         channel = self.run(script, deadline)
         with contextlib.closing(channel):
             out = bytearray()
@@ -140,12 +147,17 @@ class Ssh:
                     channel.shutdown_write()
                     while part := channel.recv(65536):
                         out += part
+                        if len(out) > LONGEST:
+                            what = f"{script} writes more than {LONGEST >> 20} MiB"
+                            raise InfrastructureError(f"{self._name}: {what}")
                     status = channel.recv_exit_status()
             except OSError:
                 raise ConnectionLost(f"{self._name}: SSH connection ended") from None
             if status:
                 said = channel.recv_stderr(4096).decode(errors="replace").strip()
-                raise InfrastructureError(f"{self._name}: {script}: exit code {status}: {said}")
+                raise InfrastructureError(
+                    f"{self._name}: {script}: exit code {status}: {visible(said)}"
+                )
         return bytes(out)
 
 

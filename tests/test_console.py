@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_ioasid import console
+from qemu_ioasid import console, logfile
 from qemu_ioasid.errors import KernelBroke
 
 STAMP = "[   12.345678] "
@@ -83,3 +83,51 @@ def test_kept_and_excerpted(tmp_path: Path) -> None:
         log.check(seen=1)
         assert log.tail(1) == "last words"
     assert b"last words" in (tmp_path / "console.log").read_bytes()
+
+
+@pytest.mark.parametrize("said", [b"A", b"\n", b"\x1b[2J\x00\xff\r", b"BUG: again\n"])
+def test_a_flood_is_a_report_and_has_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    """Neither memory nor disk grows with it, and the VM never blocks."""
+    monkeypatch.setattr(logfile, "LIMIT", 1 << 18)
+    monkeypatch.setattr(console, "MOST_LINES", 1 << 14)
+    monkeypatch.setattr(console, "LINES", 1 << 10)
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(30)
+    with console.attach(ours, "g1", tmp_path / "log") as log:
+        data = said * ((1 << 20) // len(said))
+        for _ in range(50):
+            theirs.sendall(data)
+        theirs.sendall(b"Kernel panic - not syncing: nobody reads it\n")
+        theirs.close()
+        assert log.wait_end(10)
+        assert len(log._lines) <= console.LINES
+        assert max(map(len, log._lines)) <= 4 * console.LINE
+        assert len(log.reports) <= console.REPORTS_KEPT
+        assert log.broken.is_set()
+        with pytest.raises(KernelBroke) as caught:
+            log.check()
+        kind = "BUG" if b"BUG" in said else "flood"
+        assert caught.value.message.startswith(f"g1: {kind}: ")
+        assert len(caught.value.evidence) < 1 << 20
+        assert all(line.isprintable() for line in log.tail(1000).split("\n"))
+    assert (tmp_path / "log").stat().st_size < (1 << 18) + 200
+    assert (tmp_path / "log").stat().st_mode & 0o077 == 0
+
+
+def test_the_last_lines_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "LINES", 10)
+    ours, theirs = socket.socketpair()
+    with console.attach(ours, "g1", tmp_path / "log") as log:
+        theirs.sendall(b"".join(b"line %d\n" % number for number in range(95)))
+        theirs.sendall(b"BUG: here\nafter\n" + b"long" * 2000 + b"\n")
+        theirs.close()
+        assert log.wait_end(5)
+        assert log.length == 95 + 2 + 2
+        assert log.since(93).split("\n")[:3] == ["line 93", "line 94", "BUG: here"]
+        assert log.since(0).split("\n")[0] == "line 89"
+        (report,) = log.reports
+        assert report.line == 95
+        assert log.excerpt(report).split("\n")[:4] == ["line 92", "line 93", "line 94", "BUG: here"]
+        assert log.excerpt(console.Report("BUG", 2, "")) == ""

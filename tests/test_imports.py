@@ -29,7 +29,7 @@ FLOORS = (
     ("archive", "erofs", "preflight", "markup", "attempts"),
     ("config", "cache"),
     ("process", "viommu"),
-    ("reaper", "deadline", "text"),
+    ("reaper", "deadline", "text", "logfile", "shape"),
     ("errors",),
 )
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qemu_ioasid import page
-from qemu_ioasid.report import Check, Report, load
+from qemu_ioasid.report import Attempt, Check, Report, load
 
 
 @pytest.fixture
@@ -89,3 +89,20 @@ def test_steps_and_checks_are_told_as_they_come(tmp_path: Path) -> None:
     assert told[-1].endswith("no attack")
     first, second = report.phases
     assert second.start >= first.start + first.seconds - 0.002
+
+
+def test_what_vms_say_has_an_end(report: Report, tmp_path: Path) -> None:
+    """Names of no check, status or file that a VM gives make more than their share of a report."""
+    evil = "../../etc/\x1b[2J<b>\u202e" * 100_000
+    attempts = [Attempt("a", "g1", 1, "g1", "DONE", evil, "wrong") for _ in range(3)]
+    with report.phase("attacks"):
+        report.enter(Check("evil", "fail", evil, evil, evil, 0.1, evil, attempts=attempts))
+    report.fail(4, evil, evil)
+    report.write()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("junit.xml", "report.html", "report.json")
+    ]
+    for path in tmp_path.iterdir():
+        assert path.stat().st_size < 2 << 20, path
+        assert "\x1b" not in path.read_text() and "\u202e" not in path.read_text()
+    assert load(tmp_path)["checks"][-1]["name"] == "evil"

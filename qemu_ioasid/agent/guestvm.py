@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import select
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 RUNTIME = "/run/qemu-ioasid"
 OUTPUT_TAIL = 8192
+OUTPUT_LIMIT = 1 << 20
 
 
 def substituted(argv: Sequence[str], numbers: Mapping[str, int]) -> list[str]:
@@ -37,6 +39,17 @@ def substituted(argv: Sequence[str], numbers: Mapping[str, int]) -> list[str]:
             argument = argument.replace("{" + key + "}", str(number))
         result.append(argument)
     return result
+
+
+def _bounded(name: str) -> int:
+    """A memfd that takes OUTPUT_LIMIT bytes; a write past that fails (EPERM), and no harm done.
+
+    A guest that has QEMU complain for ever does not fill the host side's memory.
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, OUTPUT_LIMIT)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+    return fd
 
 
 def _remove_folder(folder: str) -> None:
@@ -108,7 +121,7 @@ class GuestVm:
             stack.callback(os.close, self.memory_fd)
             os.ftruncate(self.memory_fd, memory_size)
             self.memory = stack.enter_context(mmap.mmap(self.memory_fd, memory_size))
-            self._output = os.memfd_create(f"output-{name}", os.MFD_CLOEXEC)
+            self._output = _bounded(f"output-{name}")
             stack.callback(os.close, self._output)
             self._memory_stack = stack.pop_all()
         self._running_stack = ExitStack()
@@ -270,10 +283,11 @@ class GuestVm:
         return not self._gone.is_set()
 
     def output(self) -> str:
-        """The end of what QEMU wrote to stdout and stderr."""
-        size = os.fstat(self._output).st_size
+        """The end of what QEMU wrote to stdout and stderr, of the first OUTPUT_LIMIT bytes."""
+        # QEMU's writes moved the offset, which is the open file's.
+        size = os.lseek(self._output, 0, os.SEEK_CUR)
         start = max(0, size - OUTPUT_TAIL)
-        return os.pread(self._output, OUTPUT_TAIL, start).decode(errors="replace")
+        return os.pread(self._output, size - start, start).decode(errors="replace")
 
     def kill(self) -> None:
         """SIGKILL; does not wait. On a dead guest: does nothing."""

@@ -16,8 +16,8 @@ SLOTS = "/sys/bus/pci/slots"
 def give_to_vfio(address: str) -> str:
     """Binds the function to vfio-pci, whoever had it; returns its sysfs folder.
 
-    It is not reset at each open and close, which costs up to a second on a bus of its own and waits
-    for work in flight, with the whole VM: what opens a pdma finds it as new.
+    It is not reset at each open and close: behind a root port that takes seconds in a guest nested
+    in TCG, and has the whole VM wait for work in flight.
 
     Raises FileNotFoundError (no such function), OSError (the driver did not take it).
     """

@@ -151,6 +151,22 @@ def test_a_call_in_progress_delays_the_close_and_stop_says_so(parts: Parts) -> N
     assert hung_up(parts.device_end)
 
 
+def test_output_has_an_end(parts: Parts) -> None:
+    """A guest that has QEMU complain for ever fills no memory."""
+    complaints = """
+import contextlib, os
+for _ in range(100):
+    with contextlib.suppress(PermissionError):
+        os.write(2, b"complaint " * 10000)
+"""
+    parts.start([PYTHON, "-c", complaints])
+    parts.guest._gone.wait(SECONDS)
+    assert parts.guest.returncode == 0
+    assert parts.guest.output().endswith("complaint ")
+    assert len(parts.guest.output()) == guestvm.OUTPUT_TAIL
+    assert os.fstat(parts.guest._output).st_blocks * 512 <= guestvm.OUTPUT_LIMIT
+
+
 def test_a_command_that_cannot_run_leaves_nothing(parts: Parts, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         parts.start(["/nowhere/qemu"])
