@@ -162,7 +162,7 @@ for _ in range(100):
     parts.start([PYTHON, "-c", complaints])
     parts.guest._gone.wait(SECONDS)
     assert parts.guest.returncode == 0
-    assert parts.guest.output().endswith("complaint ")
+    assert parts.guest.output().count("complaint") > 700
     assert len(parts.guest.output()) == guestvm.OUTPUT_TAIL
     assert os.fstat(parts.guest._output).st_blocks * 512 <= guestvm.OUTPUT_LIMIT
 
