@@ -22,6 +22,7 @@ FLOORS = (
     ("report",),
     ("standby", "localhost", "hostdevice", "requirement"),
     ("rig", "page"),
+    ("guest",),
     ("hostvm", "guestvm", "parts", "picture", "cprogram"),
     ("machine", "registrar", "vtd", "agentdisk"),
     ("client", "qemu", "snapshot"),

@@ -13,11 +13,8 @@ from qemu_ioasid.agent.common import Common, with_several
 from qemu_ioasid.agent.deadline import wait_for
 from qemu_ioasid.agent.guestvm import GuestVm
 from qemu_ioasid.agent.hello import executable, machine
-<<<<<<< HEAD
 from qemu_ioasid.agent.holder import Holders
-=======
 from qemu_ioasid.agent.hotplug import Hotplug
->>>>>>> d446d52 (Hotplug: devices leave running guests and come back, their lists gone with them)
 from qemu_ioasid.agent.iommufd import IOMMU, Iommufd
 from qemu_ioasid.agent.opendevice import OwnDevices
 from qemu_ioasid.agent.raw import Raw
@@ -84,12 +81,9 @@ class Host:
             **kmemleak.operations,
             **{name: getattr(self, name) for name in OPERATIONS},
             **Batches(self._registrar, self._device, self._iommufd).operations,
-<<<<<<< HEAD
             **self._raw.operations,
             **self._holders.operations,
-=======
             **Hotplug(self._guest, self._opened_for).operations,
->>>>>>> d446d52 (Hotplug: devices leave running guests and come back, their lists gone with them)
             "device_submit": self._own.submit,
             "device_submit_start": self._own.submit_start,
             "device_submit_wait": self._own.submit_wait,
@@ -225,13 +219,9 @@ class Host:
             with self._lock:
                 self._guests[name] = guest
             stack.callback(self._guests.pop, name)
-<<<<<<< HEAD
-            pid = guest.start(self._spawning(), argv, sockets, self._guest_gone, inherit or ())
-=======
             pid = guest.start(
-                self._spawner, argv, sockets, self._guest_gone, self._unplugged, inherit or ()
+                self._spawning(), argv, sockets, self._guest_gone, self._unplugged, inherit or ()
             )
->>>>>>> d446d52 (Hotplug: devices leave running guests and come back, their lists gone with them)
             stack.pop_all()
         return {
             "pid": pid,
@@ -239,7 +229,6 @@ class Host:
             "devices": {label: device.cdev for label, device in opened.items()},
         }
 
-<<<<<<< HEAD
     def _spawning(self) -> Spawner:
         from qemu_ioasid.agent.spawn import Spawner
 
@@ -247,7 +236,7 @@ class Host:
             if self._spawner is None:
                 self._spawner = Spawner()
             return self._spawner
-=======
+
     def _opened_for(self, label: str, uuid: str, iommufd: Iommufd) -> VfioDevice:
         self._refuse_open(label)
         device = VfioDevice.open(label, f"{MDEV_DEVICES}/{uuid}", iommufd)
@@ -257,20 +246,13 @@ class Host:
     def _unplugged(self, device: VfioDevice) -> None:
         self._registrar.drop_device(device)
         self._emit({"event": "device-unplugged", "device": device.name})
->>>>>>> d446d52 (Hotplug: devices leave running guests and come back, their lists gone with them)
 
     def _guest_gone(self, guest: GuestVm) -> None:
         for device in guest.devices.values():
             self._registrar.drop_device(device)
         self._registrar.drop_owner(guest.name)
-        self._emit(
-            {
-                "event": "guest-exit",
-                "name": guest.name,
-                "returncode": guest.returncode,
-                "stderr": guest.output(),
-            }
-        )
+        ending = {"returncode": guest.returncode, "stderr": guest.output()}
+        self._emit({"event": "guest-exit", "name": guest.name, **ending})
 
     def guest_status(self, name: str) -> Json:
         """Whether QEMU runs, how it ended, what it wrote."""
