@@ -21,6 +21,7 @@ from qemu_ioasid.agent.raw import Raw
 from qemu_ioasid.agent.registrar import Registrar
 from qemu_ioasid.agent.slowmemory import USERFAULTFD, SlowMemories
 from qemu_ioasid.agent.vfio import MDEV_DEVICES, VfioDevice
+from qemu_ioasid.agent.witness import Witness
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
     from qemu_ioasid.agent.server import Emit
     from qemu_ioasid.agent.spawn import Spawner
-    from qemu_ioasid.agent.tracing import AccessTrace
-    from qemu_ioasid.agent.watch import Watch
 
     Json = dict[str, Any]
 
@@ -43,9 +42,7 @@ OPERATIONS = (
     "guest_forget", "freeze", "thaw", "wake",
     "ioas_alloc", "ioas_destroy", "ioas_map_guest", "ioas_unmap", "pasid_alloc",
     "pasid_free", "pasids", "register", "replace", "unregister", "ledger", "audit",
-    "kernel_list", "kernel_table", "wait_blocked", "watch", "changes", "read",
-    "trace_start", "trace_clear", "trace_read", "trace_take", "trace_stop", "device_open",
-    "device_close", "reset",
+    "kernel_list", "kernel_table", "wait_blocked", "device_open", "device_close", "reset",
 )
 # fmt: on
 
@@ -67,17 +64,17 @@ class Host:
         self._uuids: dict[str, str] = {}
         self._guests: dict[str, GuestVm] = {}
         self._own = OwnDevices()
-        self._watches: dict[str, Watch] = {}
+        self._witness = Witness(self._guest)
         self._slow = SlowMemories(self._iommufd)
         self._raw = Raw(self._device, self._iommufd, self._uuids)
         self._holders = Holders(self._raw.device, self._iommufd, self._spawning)
-        self._trace: AccessTrace | None = None
         self._spawner: Spawner | None = None
         self._common = Common()
         operations = {
             **self._common.operations,
             **self._own.operations,
             **self._slow.operations,
+            **self._witness.operations,
             **kmemleak.operations,
             **{name: getattr(self, name) for name in OPERATIONS},
             **Batches(self._registrar, self._device, self._iommufd).operations,
@@ -110,8 +107,7 @@ class Host:
             for guest in guests:
                 if guest.running:
                     stack.callback(guest.kill)
-            if self._trace:
-                stack.callback(self._trace.close)
+            stack.callback(self._witness.close)
             stack.callback(self._slow.close)
             stack.callback(self._common.close)
 
@@ -292,7 +288,7 @@ class Host:
         guest.forget()
         with self._lock:
             del self._guests[name]
-            self._watches.pop(name, None)
+        self._witness.forget(name)
 
     # --- address spaces -----------------------------------------------------------------
 
@@ -377,8 +373,8 @@ class Host:
                 device.detach_pasid(int(row["pasid"]))
             if lists[name]:
                 lists[name] = self.kernel_list(name)
+        self._witness.forget()
         with self._lock:
-            self._watches.clear()
             # a dead guest's iommufd has taken its own along
             iommufds = [guest.iommufd for guest in self._guests.values() if guest.running]
         for iommufd in iommufds:
@@ -417,71 +413,6 @@ class Host:
             return "gone"
 
         return {"state": wait_for(f"PASID {pasid} of {device} blocked", seconds, state)}
-
-    # --- witnesses ----------------------------------------------------------------------
-
-    def watch(self, guest: str, gpa: int, length: int) -> Json:
-        """Takes a snapshot of a range of a guest's RAM; answers with its first bytes."""
-        from qemu_ioasid.agent.arena import NONCE
-        from qemu_ioasid.agent.watch import Watch
-
-        memory = self._guest(guest).memory
-        with self._lock:
-            taken = self._watches.get(guest)
-            if taken is not None and taken.range == (memory, gpa, length):
-                taken.take()
-            else:
-                taken = self._watches[guest] = Watch(memory, gpa, length)
-        return {"nonce": taken.first(NONCE).hex()}
-
-    def changes(self, guest: str, expect: list[Json] | None = None) -> Json:
-        """What changed in the watched range since the snapshot."""
-        with self._lock:
-            if guest not in self._watches:
-                raise KeyError(f"guest {guest!r} is not watched")
-            taken = self._watches[guest]
-        return taken.changes(expect or ())
-
-    def read(self, guest: str, gpa: int, length: int) -> Json:
-        """Bytes of a guest's RAM."""
-        memory = self._guest(guest).memory
-        if gpa < 0 or length < 0 or gpa + length > len(memory):
-            raise ValueError(f"{gpa:#x}+{length:#x} is outside the RAM of {guest}")
-        return {"hex": memory[gpa : gpa + length].hex()}
-
-    def trace_start(self) -> None:
-        """Starts the trace of iommufd_access_rw; running already: clears it."""
-        from qemu_ioasid.agent.tracing import AccessTrace
-
-        if self._trace:
-            self._trace.clear()
-            return
-        trace = AccessTrace()
-        trace.start()
-        self._trace = trace
-
-    def _running_trace(self) -> AccessTrace:
-        if not self._trace:
-            raise RuntimeError("the trace is not started")
-        return self._trace
-
-    def trace_clear(self) -> None:
-        """Forgets the accesses recorded."""
-        self._running_trace().clear()
-
-    def trace_read(self) -> list[Json]:
-        """The accesses recorded."""
-        return [access.told() for access in self._running_trace().read()]
-
-    def trace_take(self) -> list[Json]:
-        """The accesses recorded, which are forgotten."""
-        return [access.told() for access in self._running_trace().take()]
-
-    def trace_stop(self) -> None:
-        """Takes the probe away."""
-        trace, self._trace = self._trace, None
-        if trace:
-            trace.close()
 
     # --- a device opened by the agent itself --------------------------------------------
 
