@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from qemu_ioasid import config, kernel
-from qemu_ioasid.scenarios import attacks
+from qemu_ioasid.scenarios import attacks, hotplug
 from qemu_ioasid.scenarios.acts import parts
 from qemu_ioasid.scenarios.attacks import registration
 from tests.conftest import Command
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/security-model.md").read_text()
-ROWS = [row.name for row in attacks.rows(config.load(config.DEFAULT, {}))]
+RIG = config.load(config.DEFAULT, {})
+ROWS = [row.name for row in (*attacks.rows(RIG), *hotplug.rows(RIG))]
 #: A row's name, or a pattern of them, as the page's table has it in its last column.
 NAMED = [
     pattern
