@@ -11,7 +11,7 @@ from qemu_ioasid.agent.common import Common, with_several
 from qemu_ioasid.agent.hello import machine
 from qemu_ioasid.agent.iommufd import IOMMU
 from qemu_ioasid.agent.opendevice import OwnDevices
-from qemu_ioasid.agent.pci import DRIVER, give_to_vfio, switch_off, wait_for_driver
+from qemu_ioasid.agent.pci import DRIVER, eject, give_to_vfio, switch_off, wait_for_driver
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     Json = dict[str, Any]
 
 BIND_BASE = 1 << 32
+EJECT_SECONDS = 30.0
 
 # fmt: off
 OPERATIONS = (
@@ -141,11 +142,13 @@ class Guest:
         """Closes a device; its mappings are gone."""
         self._own.close_one(name)
 
-    def device_eject(self, name: str, bdf: str) -> None:
-        """Lets go of a PCI function, closes the device if it is open, and turns its slot off."""
-        if name in [opened.device.name for opened in self._own.all()]:
-            self._own.close_one(name)
-        switch_off(bdf)
+    def device_eject(self, name: str, bdf: str, seconds: float = EJECT_SECONDS) -> None:
+        """Turns a function's slot off, and lets go of the device when the kernel asks for it."""
+        if name not in [opened.device.name for opened in self._own.all()]:
+            switch_off(bdf)
+            return
+        device = self._own.get(name).device
+        eject(bdf, device, lambda: self._own.close_one(name), seconds)
 
     def ioas_map(
         self, name: str, iova: int, offset: int, length: int, writeable: bool = True

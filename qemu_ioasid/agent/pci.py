@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import select
+import threading
 from contextlib import suppress
 
 from qemu_ioasid.agent.deadline import wait_for
 from qemu_ioasid.agent.mdev import write_attribute
-from qemu_ioasid.agent.vfio import PCI_DEVICES
+from qemu_ioasid.agent.uapi import vfio as uapi
+from qemu_ioasid.agent.vfio import PCI_DEVICES, VfioDevice
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DRIVER = "vfio-pci"
 SLOTS = "/sys/bus/pci/slots"
@@ -16,8 +23,7 @@ SLOTS = "/sys/bus/pci/slots"
 def give_to_vfio(address: str) -> str:
     """Binds the function to vfio-pci, whoever had it; returns its sysfs folder.
 
-    It is not reset at each open and close: behind a root port that takes seconds in a guest nested
-    in TCG, and has the whole VM wait for work in flight.
+    It is not reset at each open: behind a root port that takes seconds in a guest nested in TCG.
 
     Raises FileNotFoundError (no such function), OSError (the driver did not take it).
     """
@@ -59,3 +65,39 @@ def switch_off(address: str) -> None:
                 write_attribute(f"{SLOTS}/{slot}/power", "0")
                 return
     raise FileNotFoundError(f"{address} is in no slot of {SLOTS}")
+
+
+def eject(address: str, device: VfioDevice, let_go: Callable[[], None], seconds: float) -> None:
+    """As switch_off(), for a function that is open as device; let_go closes it.
+
+    It does so when the kernel asks for it (VFIO_PCI_REQ_IRQ_INDEX), and not before: a device that
+    is closed is reset by its bus, where it can be, and that reset waits, with the whole VM, for
+    work in flight. One that is being removed is not. Raises as switch_off(), TimeoutError.
+    """
+    asked = os.eventfd(0, os.EFD_CLOEXEC)
+    failed: list[OSError] = []
+
+    def turn_off() -> None:
+        try:
+            switch_off(address)
+        except OSError as error:
+            failed.append(error)
+            os.eventfd_write(asked, 1)
+
+    flags = uapi.VFIO_IRQ_SET_DATA_EVENTFD | uapi.VFIO_IRQ_SET_ACTION_TRIGGER
+    data = asked.to_bytes(4, "little")
+    device.set_irqs(uapi.VFIO_PCI_REQ_IRQ_INDEX, flags, 0, 1, data)
+    thread = threading.Thread(target=turn_off, daemon=True)
+    thread.start()
+    poll = select.poll()
+    poll.register(asked, select.POLLIN)
+    if not poll.poll(seconds * 1000):
+        raise TimeoutError(f"{address} asked for by the kernel: not within {seconds:g} s")
+    if not failed:
+        let_go()
+        thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"{address} removed by the kernel: not within {seconds:g} s")
+    os.close(asked)
+    if failed:
+        raise failed[0]
