@@ -157,10 +157,11 @@ def drained(ground: Ground, trial: Trial) -> None:
                 ground.attempt(trial, ground.g1.name, ground.a, first, "DONE"),
                 ground.attempt(trial, ground.g1.name, ground.a, second, "REFUSED"),
             ]
-            ticket = ground.g1.submit_start(ground.a, first, second)
+            tickets = [ground.g1.submit_start(ground.a, first)]
             _asleep(ground, handle)
             with trial.refusal("ETIMEDOUT", "completion of a write that sleeps"):
-                ground.g1.submit_wait(ticket, 0)
+                ground.g1.submit_wait(tickets[0], 0)
+            tickets.append(ground.g1.submit_start(ground.a, second))
             leaving = ground.registrar.unregister_start(ground.a, grant.pasid)
             seconds = 20 * calibration()
             entry = ground.host.call(
@@ -173,7 +174,8 @@ def drained(ground: Ground, trial: Trial) -> None:
             leaving.result(Deadline(45, "return of detach"))
             trial.require(not early, "the detach returned with a write in flight")
             ground.unlogged(ground.a)
-            for attempt, done in zip(attempts, ground.g1.submit_wait(ticket), strict=True):
+            for attempt, ticket in zip(attempts, tickets, strict=True):
+                (done,) = ground.g1.submit_wait(ticket)
                 trial.settle(attempt, done)
         _landed(ground, trial, handle, grant, 0)
 
