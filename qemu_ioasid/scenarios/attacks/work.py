@@ -156,7 +156,9 @@ OTHER_WORK: Mapping[str, Address] = {
 def names_address(ground: Ground, trial: Trial, device: str, name: str) -> None:
     """Work that is as it should be, but for where it goes."""
     case = ADDRESSES.get(name) or OTHER_WORK[name]
-    grant = ground.grant(device) if case.ending is DONE else ground.standing(device)
+    # What moves or differs is not to depend on what other rows have moved.
+    fresh = case.ending in (DONE, DIFFERENT)
+    grant = ground.grant(device) if fresh else ground.standing(device)
     _ends(ground, trial, grant, case)
 
 
