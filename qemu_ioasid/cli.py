@@ -109,7 +109,16 @@ def _add_run(
     )
     run.add_argument("--seconds", type=_count, metavar="N", help="stress: how long it lasts (60)")
     run.add_argument(
-        "--seed", type=int, metavar="N", help="stress: what is drawn from it (a fresh one, told)"
+        "--operations",
+        type=_count,
+        metavar="N",
+        help="hostile: how many descriptors and accesses (200000)",
+    )
+    run.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="stress, hostile: what is drawn from it (a fresh one, told)",
     )
     run.add_argument(
         "--host",
@@ -223,8 +232,11 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     scenario = scenarios.find(arguments.scenario)
+    options = _options(arguments)
+    if arguments.series is None:
+        options = replace(options, kernel=replace(options.kernel, without=scenario.left_out))
     options = replace(
-        _options(arguments),
+        options,
         rig=arguments.rig or scenario.rig,
         scenario=arguments.scenario,
         order=_order(arguments, scenario.takes),
@@ -242,10 +254,12 @@ def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 def _order(arguments: argparse.Namespace, takes: tuple[str, ...]) -> dict[str, Any]:
     """What the user said to a scenario; raises ConfigurationError where it does not take it."""
-    said = {each: getattr(arguments, each) for each in ("seconds", "seed")}
+    said = {each: getattr(arguments, each) for each in ("seconds", "seed", "operations")}
     order = {each: value for each, value in said.items() if value is not None}
     for each in order.keys() - set(takes):
         raise ConfigurationError(f"--{each}: scenario {arguments.scenario} takes none")
+    if "series" in takes:
+        order["series"] = arguments.series is not None
     return order
 
 

@@ -95,6 +95,7 @@ class Console:
         self._ended = threading.Event()
         self.broken = threading.Event()
         self._awaited: dict[str, threading.Event] = {}
+        self._excused = False
 
     def _take(self, text: str) -> None:
         with self._lock:
@@ -218,8 +219,14 @@ class Console:
         with self._lock:
             return self._between(report.line - before, report.line + EXCERPT)
 
+    def excuse(self) -> None:
+        """What this kernel reports, before and after, is what somebody wants to see: no verdict."""
+        self._excused = True
+
     def check(self, seen: int = 0) -> None:
         """Raise KernelBroke for the first report past the *seen* first ones."""
+        if self._excused:
+            return
         reports = self.reports[seen:]
         if reports:
             self._settle()

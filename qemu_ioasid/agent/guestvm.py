@@ -332,6 +332,10 @@ class GuestVm:
         """
         if self.running:
             self.kill()
+        self.wait(seconds)
+
+    def wait(self, seconds: float) -> None:
+        """Waits for QEMU's end, whoever brings it about, and its files'. Raises as stop()."""
         if not self._gone.wait(seconds):
             raise TimeoutError(f"guest {self.name}: dead and torn down, not within {seconds:g} s")
 

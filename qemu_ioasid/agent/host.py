@@ -11,6 +11,7 @@ from qemu_ioasid.agent import failnth, kernellist, kmemleak, mdev
 from qemu_ioasid.agent.batches import Batches
 from qemu_ioasid.agent.common import Common, with_several
 from qemu_ioasid.agent.deadline import wait_for
+from qemu_ioasid.agent.findings import Findings
 from qemu_ioasid.agent.guestvm import GuestVm
 from qemu_ioasid.agent.hello import executable, machine
 from qemu_ioasid.agent.holder import Holders
@@ -73,6 +74,7 @@ class Host:
         operations = {
             **self._common.operations,
             **self._own.operations,
+            **Findings(self._iommufd, self._guest).operations,
             **self._slow.operations,
             **self._witness.operations,
             **kmemleak.operations,

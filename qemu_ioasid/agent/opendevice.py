@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import itertools
 import threading
+import time
 from contextlib import ExitStack
 
+from qemu_ioasid.agent.deadline import wait_for
 from qemu_ioasid.agent.iommufd import Iommufd
 from qemu_ioasid.agent.pdma import Batch, Completion, Descriptor, Fault, Ring
 from qemu_ioasid.agent.vectors import Vectors
@@ -16,6 +18,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
+
+    from qemu_ioasid.agent.storm import Storm
 
     Json = dict[str, Any]
 
@@ -99,10 +103,20 @@ class OwnDevices:
         self._lock = threading.Lock()
         self._devices: dict[str, OpenDevice] = {}
         self._tickets: dict[int, tuple[OpenDevice, Batch]] = {}
+        self._storms: dict[str, Storm] = {}
         self._numbers = itertools.count(1)
         self.operations: Mapping[str, Callable[..., Any]] = {
             name: getattr(self, name)
-            for name in ("device_faults", "irq_start", "irq_wait", "irq_stop")
+            for name in (
+                "device_faults",
+                "irq_start",
+                "irq_wait",
+                "irq_stop",
+                "submit_timed",
+                "storm",
+                "storm_wait",
+                "storm_stop",
+            )
         }
 
     def get(self, name: str) -> OpenDevice:
@@ -178,6 +192,52 @@ class OwnDevices:
         ring = self.get(name).ring
         ring.ring_doorbell(tail)
         return ring.registers()
+
+    def submit_timed(self, name: str, descriptor: Json, count: int, seconds: float) -> Json:
+        """Submits one piece of work so often, each when the last has ended; how long each took."""
+        ring = self.get(name).ring
+        work, took = _parsed([descriptor]), []
+        for _ in range(count):
+            start = time.perf_counter()
+            (done,) = ring.wait(ring.submit(work), seconds)
+            took.append(time.perf_counter() - start)
+            if done.status != "DONE":
+                raise RuntimeError(f"{name}: the work ended as {done.status}")
+        return {"seconds": took}
+
+    def storm(
+        self,
+        name: str,
+        seed: int,
+        targets: list[Json],
+        operations: int | None = None,
+        rings: bool = False,
+    ) -> Json:
+        """Does to a device what a hostile owner would."""
+        from qemu_ioasid.agent.storm import Storm, Target
+
+        storm = Storm(self.get(name), seed, [Target(**each) for each in targets], rings)
+        with self._lock:
+            self._storms[name] = storm
+        try:
+            return storm.run(operations)
+        finally:
+            with self._lock:
+                del self._storms[name]
+
+    def _storm(self, name: str) -> Storm:
+        with self._lock:
+            if name not in self._storms:
+                raise KeyError(f"there is no storm on {name!r}")
+            return self._storms[name]
+
+    def storm_wait(self, name: str, seconds: float) -> None:
+        """Waits until a storm without an end is under way. Raises TimeoutError."""
+        wait_for(f"storm on {name}", seconds, lambda: self._storms.get(name)).wait(seconds)
+
+    def storm_stop(self, name: str) -> None:
+        """Ends a storm: it answers soon."""
+        self._storm(name).stop()
 
     def reset(self, name: str) -> None:
         """Resets a device."""

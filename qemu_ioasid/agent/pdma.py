@@ -155,7 +155,8 @@ class Ring:
     """The ring of one open, bound device, used by this process alone. A context manager.
 
     Threads may submit and wait at once. close() unmaps the ring memory, which keeps the device
-    file open; it does not close the device.
+    file open; it does not close the device. region is that of the registers, memory that of the
+    rings.
     """
 
     def __init__(self, device: VfioDevice) -> None:
@@ -163,15 +164,16 @@ class Ring:
         self.device = device
         self._lock = threading.Lock()
         self._resets = 0
-        self._registers = device.region(vfio_uapi.VFIO_PCI_BAR0_REGION_INDEX)
-        self._enable()
+        self.region = device.region(vfio_uapi.VFIO_PCI_BAR0_REGION_INDEX)
+        self.enable()
         found = (self.register("MAGIC"), self.register("VERSION"), self.register("RING_ENTRIES"))
         if found != (uapi.PDMA_MAGIC, uapi.PDMA_VERSION, uapi.PDMA_RING_ENTRIES):
             raise OSError(errno.ENODEV, f"{device.name}: magic, version, entries are {found}")
         self._tail = self.register("TAIL")
-        self._memory = device.map(device.region(vfio_uapi.VFIO_PCI_BAR2_REGION_INDEX))
+        self.memory = device.map(device.region(vfio_uapi.VFIO_PCI_BAR2_REGION_INDEX))
 
-    def _enable(self) -> None:
+    def enable(self) -> None:
+        """Sets the function's memory and bus master bits, which a reset clears."""
         config = self.device.region(vfio_uapi.VFIO_PCI_CONFIG_REGION_INDEX)
         command = int.from_bytes(self.device.read(config, _COMMAND, 2), "little")
         command |= _MEMORY_AND_MASTER
@@ -179,7 +181,7 @@ class Ring:
 
     def register(self, name: str) -> int:
         """A register of BAR0 by its name in REGISTERS."""
-        return int.from_bytes(self.device.read(self._registers, REGISTERS[name], 4), "little")
+        return int.from_bytes(self.device.read(self.region, REGISTERS[name], 4), "little")
 
     def registers(self) -> dict[str, int]:
         """All registers of BAR0."""
@@ -198,8 +200,8 @@ class Ring:
     def _fault(self, number: int) -> uapi.pdma_fault | None:
         start = uapi.PDMA_FAULT_OFFSET + number % uapi.PDMA_FAULT_ENTRIES * _FAULT
         read = self.device.read
-        words = [read(self._registers, start + at, 4) for at in range(0, _FAULT, 4)]
-        seq = int.from_bytes(read(self._registers, start, 4), "little")
+        words = [read(self.region, start + at, 4) for at in range(0, _FAULT, 4)]
+        seq = int.from_bytes(read(self.region, start, 4), "little")
         record = uapi.pdma_fault.from_buffer_copy(b"".join(words))
         return record if record.seq == seq == (number + 1) % _COUNT else None
 
@@ -220,7 +222,7 @@ class Ring:
                 self._put(slot, descriptor)
                 # a record of before a reset may carry the number that is expected next
                 start = uapi.PDMA_COMPLETION_OFFSET + slot * _COMPLETION
-                self._memory[start : start + _COMPLETION] = bytes(_COMPLETION)
+                self.memory[start : start + _COMPLETION] = bytes(_COMPLETION)
             tail = (first + len(descriptors)) % _COUNT
             self.ring_doorbell(tail)
             self._tail = tail
@@ -236,7 +238,7 @@ class Ring:
             dst=descriptor.dst,
         )
         start = uapi.PDMA_DESC_OFFSET + slot * _DESC
-        self._memory[start : start + _DESC] = bytes(record)
+        self.memory[start : start + _DESC] = bytes(record)
 
     def rewrite(self, batch: Batch, index: int, descriptor: Descriptor) -> None:
         """Overwrites a descriptor of a batch where it lies, whatever the device does with it.
@@ -249,7 +251,7 @@ class Ring:
 
     def ring_doorbell(self, tail: int) -> None:
         """Writes TAIL, and nothing else: what submit() counts is not changed."""
-        self.device.write(self._registers, uapi.PDMA_REG_TAIL, tail.to_bytes(4, "little"))
+        self.device.write(self.region, uapi.PDMA_REG_TAIL, tail.to_bytes(4, "little"))
 
     def wait(self, batch: Batch, seconds: float) -> list[Completion]:
         """The batch's completions, in order of submission.
@@ -261,7 +263,7 @@ class Ring:
         completions: list[Completion] = []
 
         def collect() -> list[Completion] | None:
-            if self._memory.closed:
+            if self.memory.closed:
                 raise OSError(errno.EBADF, f"{self.device.name}: the ring is closed")
             if self._resets != batch.resets:
                 raise OSError(errno.ECANCELED, f"{self.device.name}: lost in a reset")
@@ -277,14 +279,14 @@ class Ring:
     def _poll(self, number: int) -> Completion | None:
         start = uapi.PDMA_COMPLETION_OFFSET + number % uapi.PDMA_RING_ENTRIES * _COMPLETION
         expected = (number + 1) % _COUNT
-        seq = int.from_bytes(self._memory[start : start + 4], "little")
+        seq = int.from_bytes(self.memory[start : start + 4], "little")
         if seq != expected:
             if seq and (seq - expected) % _COUNT < _COUNT // 2:
                 raise RuntimeError(f"{self.device.name}: completion {expected} was overwritten")
             return None
         # seq is written last, so only a copy made after it was seen is whole
         return Completion(
-            uapi.pdma_completion.from_buffer_copy(self._memory[start : start + _COMPLETION])
+            uapi.pdma_completion.from_buffer_copy(self.memory[start : start + _COMPLETION])
         )
 
     def reset(self) -> None:
@@ -292,13 +294,18 @@ class Ring:
         with self._lock:
             self.device.reset()
             self._resets += 1
-            # a reset clears the command register, too
-            self._enable()
+            self.enable()
+            self._tail = self.register("TAIL")
+
+    def resume(self) -> None:
+        """Counts on from where TAIL is, whoever moved it; batches of before are lost."""
+        with self._lock:
+            self._resets += 1
             self._tail = self.register("TAIL")
 
     def close(self) -> None:
         """Unmaps the ring memory."""
-        self._memory.close()
+        self.memory.close()
 
     def __enter__(self) -> Ring:
         return self

@@ -178,9 +178,9 @@ class Raw:
         argument.flags = implied if flags is None else flags
         self.device(device).descriptor.ioctl(uapi.VFIO_DEVICE_DETACH_IOMMUFD_PT, argument)
 
-    def hwpt_alloc(self, iommufd: str, devid: int, ioas: int) -> Json:
+    def hwpt_alloc(self, iommufd: str, devid: int, ioas: int, flags: int = 0) -> Json:
         """A page table of an IOAS, for a physical device that is bound."""
-        argument = iommufd_uapi.iommu_hwpt_alloc(dev_id=devid, pt_id=ioas)
+        argument = iommufd_uapi.iommu_hwpt_alloc(dev_id=devid, pt_id=ioas, flags=flags)
         argument.size = ctypes.sizeof(argument)
         self._iommufd(iommufd).descriptor.ioctl(iommufd_uapi.IOMMU_HWPT_ALLOC, argument)
         return {"hwpt": int(argument.out_hwpt_id)}

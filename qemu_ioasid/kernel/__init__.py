@@ -9,6 +9,7 @@ so that a change of the driver compiles the driver only.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import json
 import os
@@ -43,6 +44,8 @@ class Spec:
     #: ``default``, or ``debug`` (lockdep, KASAN; slow).
     profile: str = "default"
     series: Path = PATCHES / "7.2"
+    #: Patches of the series that are left out, by shell globs of their names.
+    without: tuple[str, ...] = ()
     fragments: Path = PATCHES / "config"
     #: Ask the archive for a newer source package, although one is here.
     update: bool = False
@@ -162,7 +165,11 @@ class _Recipe:
                 raise ConfigurationError(
                     f"{spec.series}: a series folder is named after its kernel, 7.2 for example"
                 )
-            self.patches = tree.read_series(spec.series)
+            self.patches = [
+                patch
+                for patch in tree.read_series(spec.series)
+                if not any(fnmatch.fnmatchcase(patch.name, glob) for glob in spec.without)
+            ]
         self.series_hash = cache.digest(*[patch.read_bytes() for patch in self.patches])
         found = sorted(spec.fragments.glob("*.config"))
         self.fragments = [path for path in found if path.stem != _DEBUG or spec.profile == _DEBUG]

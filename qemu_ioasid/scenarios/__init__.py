@@ -10,7 +10,16 @@ from typing import NamedTuple
 from qemu_ioasid import config
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.errors import ConfigurationError
-from qemu_ioasid.scenarios import attacks, faults, hotplug, isolation, stage, stress
+from qemu_ioasid.scenarios import (
+    attacks,
+    faults,
+    findings,
+    hostile,
+    hotplug,
+    isolation,
+    stage,
+    stress,
+)
 from qemu_ioasid.scenarios.table import Row
 
 
@@ -25,6 +34,8 @@ class Scenario(NamedTuple):
     run: Callable[..., None]
     rig: Path = config.DEFAULT
     takes: tuple[str, ...] = ()
+    #: Patches of our series that its kernel does without (shell globs), where nobody says which.
+    left_out: tuple[str, ...] = ()
 
 
 SCENARIOS = {
@@ -34,6 +45,13 @@ SCENARIOS = {
     "boot": Scenario(stage.rows, stage.run),
     "stress": Scenario(stress.rows, stress.run, stress.RIG, ("seconds", "seed")),
     "faults": Scenario(faults.rows, faults.run, stress.RIG),
+    "hostile": Scenario(hostile.rows, hostile.run, takes=("seed", "operations")),
+    **{
+        findings.PREFIX + found.name: Scenario(
+            found.rows, found.run, found.rig, ("series",), found.left_out
+        )
+        for found in findings.FINDINGS
+    },
 }
 
 
