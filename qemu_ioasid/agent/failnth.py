@@ -64,7 +64,7 @@ def _raised(result: int) -> int:
 
 def _ioctl(fd: int, request: int, argument: Any = 0) -> int:
     if not isinstance(argument, int):
-        size = ctypes.sizeof(argument) if isinstance(argument, ctypes.Structure) else len(argument)
+        size = len(memoryview(argument).cast("B"))
         argument = ctypes.byref((ctypes.c_char * size).from_buffer(argument))
     return _raised(_libc.ioctl(fd, ctypes.c_ulong(request), argument))
 
@@ -83,12 +83,14 @@ def _pwrite(fd: int, data: bytes, offset: int) -> int:
 
 def _read(fd: int, length: int) -> bytes:
     buffer = ctypes.create_string_buffer(length)
-    return buffer.raw[: _raised(_libc.read(fd, buffer, ctypes.c_size_t(length)))]
+    done = _raised(_libc.read(fd, buffer, ctypes.c_size_t(length)))
+    return buffer.raw[:done]
 
 
 def _pread(fd: int, length: int, offset: int) -> bytes:
     buffer = ctypes.create_string_buffer(length)
-    return buffer.raw[: _raised(_libc.pread(fd, buffer, length, offset))]
+    done = _raised(_libc.pread(fd, buffer, length, offset))
+    return buffer.raw[:done]
 
 
 #: What stands in for a module's function meanwhile: calls on files, that take and answer the same.

@@ -34,7 +34,7 @@ MODULE = "/run/modules/vfio_pdma.ko"
 END_SECONDS = 300.0
 SCAN_SECONDS = 120.0
 #: From so many seconds on, everything there is must have happened.
-ENOUGH = 30
+ENOUGH = 60
 
 
 def rows(config: RigConfig) -> list[Row]:
@@ -102,7 +102,7 @@ class Races:
         # One that a killed process was about to make has no words.
         complaints = list(filter(None, told["complaints"])) or ["a holder's, killed meanwhile"]
         trial.require(not told["many"], "; ".join(complaints[:4]))
-        wanted = counts if self._seconds >= ENOUGH else ("done", "refused", "slept", "judged")
+        wanted = counts if self._seconds >= ENOUGH else ("done", "refused", "judged")
         missing = [name for name in wanted if not counts[name]]
         trial.require(not missing, f"it proves nothing: no {', '.join(missing)}")
         trial.saw(
