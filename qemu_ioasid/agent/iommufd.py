@@ -6,7 +6,9 @@ ioctls: include/uapi/linux/iommufd.h; behaviour: drivers/iommu/iommufd/ioas.c.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
+from contextlib import suppress
 
 from qemu_ioasid.agent.descriptor import Descriptor, words
 from qemu_ioasid.agent.uapi import iommufd as uapi
@@ -99,7 +101,7 @@ class Iommufd:
             length=length,
             iova=iova or 0,
         )
-        self.descriptor.ioctl(uapi.IOMMU_IOAS_MAP, argument)
+        self._map(uapi.IOMMU_IOAS_MAP, argument)
         return int(argument.iova)
 
     def ioas_map_file(
@@ -115,8 +117,18 @@ class Iommufd:
             length=length,
             iova=iova or 0,
         )
-        self.descriptor.ioctl(uapi.IOMMU_IOAS_MAP_FILE, argument)
+        self._map(uapi.IOMMU_IOAS_MAP_FILE, argument)
         return int(argument.iova)
+
+    def _map(self, request: int, argument: uapi.iommu_ioas_map | uapi.iommu_ioas_map_file) -> None:
+        try:
+            self.descriptor.ioctl(request, argument)
+        except OSError as error:
+            # The kernel (7.2) does not take back a mapping whose IOVA it could not tell.
+            if error.errno == errno.EFAULT and argument.flags & uapi.IOMMU_IOAS_MAP_FIXED_IOVA:
+                with suppress(OSError):
+                    self.ioas_unmap(argument.ioas_id, argument.iova, argument.length)
+            raise
 
     def ioas_unmap(self, ioas: int, iova: int, length: int) -> int:
         """Unmaps whole former mappings inside the range; returns the bytes unmapped.
