@@ -184,3 +184,13 @@ def get_or_build(
             build(whole)
             whole.rename(path)
     return path, False
+
+
+def prune(kind: str, kept: int) -> None:
+    """Remove all entries of *kind* but the *kept* that were touched last."""
+    found = []
+    for folder in (root() / kind).glob("[!.]*"):
+        with contextlib.suppress(OSError):
+            found.append((folder.stat().st_mtime_ns, folder))
+    for _, folder in sorted(found, reverse=True)[kept:]:
+        shutil.rmtree(folder, ignore_errors=True)

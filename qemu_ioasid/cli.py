@@ -21,7 +21,9 @@ from qemu_ioasid import bench, config, image, kernel, parts, process, report, sc
 from qemu_ioasid.cache import explained
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, RigError
+from qemu_ioasid.kernel import mutant
 from qemu_ioasid.lab import arguments as lab
+from qemu_ioasid.mutants import command as mutants
 from qemu_ioasid.qemu import ACCELERATORS
 from qemu_ioasid.report import VERDICTS, Report, counts
 from qemu_ioasid.scenarios import SCENARIOS
@@ -42,19 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--profile",
-        default="default",
-        choices=("default", "debug"),
-        help="the kernel's config profile",
-    )
-    common.add_argument(
-        "--series", type=Path, metavar="DIR", help="patch series for the kernel (default: ours)"
-    )
-    common.add_argument("--json", action="store_true", help="print JSON on standard output, alone")
-
+    common = _common()
     _add_run(commands, common)
+    mutants.add(commands, _output)
     _add_bench(commands, common)
     lab.add(commands, common, _add_start, _options)
     build = commands.add_parser("kernel", help="build kernels and list them")
@@ -89,6 +81,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _common() -> argparse.ArgumentParser:
+    """What every command that wants a kernel takes."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--profile",
+        default="default",
+        choices=("default", "debug"),
+        help="the kernel's config profile",
+    )
+    common.add_argument(
+        "--series", type=Path, metavar="DIR", help="patch series for the kernel (default: ours)"
+    )
+    common.add_argument(
+        "--mutant",
+        metavar="NAME",
+        help="sabotage the kernel with this patch of kernel-patches/mutants, or a file of yours",
+    )
+    common.add_argument("--json", action="store_true", help="print JSON on standard output, alone")
+
+    return common
+
+
 def _add_run(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
     common: argparse.ArgumentParser,
@@ -104,6 +118,7 @@ def _add_run(
         metavar="NAME",
         help="make this check only; may be given again",
     )
+    run.add_argument("--first", action="store_true", help="end at the first check that fails")
     run.add_argument(
         "--rig", type=Path, metavar="FILE", help="what to boot (TOML; default: the scenario's own)"
     )
@@ -205,11 +220,10 @@ def _count(text: str) -> int:
 def _spec(arguments: argparse.Namespace) -> kernel.Spec:
     spec = kernel.Spec(
         profile=arguments.profile,
+        mutant=mutant.find(arguments.mutant).patch if arguments.mutant else None,
         update=getattr(arguments, "update", False),
     )
-    if arguments.series is None:
-        return spec
-    return kernel.Spec(profile=spec.profile, update=spec.update, series=arguments.series.absolute())
+    return replace(spec, series=arguments.series.absolute()) if arguments.series else spec
 
 
 def _output(terminal: Terminal) -> Output:
@@ -241,6 +255,7 @@ def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         scenario=arguments.scenario,
         order=_order(arguments, scenario.takes),
         checks=tuple(arguments.check),
+        first=arguments.first,
         host=arguments.host,
         parts=arguments.parts,
     )

@@ -43,6 +43,10 @@ TEXT, EVIDENCE = 20_000, 200_000
 STATUS = 200
 
 
+class Enough(Exception):
+    """A check failed, and no other is wanted (`Report.first`)."""
+
+
 @dataclass
 class Attempt:
     """One piece of work that *by* (a guest, or ``host``) gave *device*.
@@ -103,6 +107,8 @@ class Report:
     error: dict[str, str] | None = None
     #: Until the run has come to its end, it has failed.
     exit_code: int = 4
+    #: Whether the first check that fails is the last one made.
+    first: bool = False
     #: Told of each step as it begins, and with "" that the last one is over.
     begins: Callable[[str], None] = lambda name: None
     #: Told how far the step is.
@@ -136,7 +142,7 @@ class Report:
             )
 
     def enter(self, check: Check) -> None:
-        """A check of the phase under way has been made."""
+        """A check of the phase under way has been made; raises Enough when it was the last."""
         check.phase = self._phase
         for name in ("tried", "answered", "witnesses"):
             setattr(check, name, cut(getattr(check, name), TEXT))
@@ -146,14 +152,20 @@ class Report:
         self.checks.append(check)
         mine = [each for each in self.checks if each.phase == self._phase]
         self.progress(f"{counts(mine)}, last {check.name}")
+        if self.first and check.verdict == "fail":
+            raise Enough
 
-    def fail(self, exit_code: int, message: str, evidence: str) -> None:
-        """The run ended early: with which exit code, for what reason, on what evidence."""
+    def fail(self, exit_code: int, message: str, evidence: str, kind: str = "") -> None:
+        """The run ended early: with which exit code, for what reason, on what evidence.
+
+        *kind* is the error's class, where it is one of ours (`errors`).
+        """
         self.exit_code = exit_code
         self.error = {
             "message": cut(message, TEXT),
             "evidence": cut(evidence, EVIDENCE),
             "phase": self._phase,
+            "kind": kind,
         }
 
     @property
@@ -265,7 +277,7 @@ _SHAPE: dict[str, Any] = {
             ],
         }
     ],
-    "error": {"message": str, "evidence": str, "phase?": str},
+    "error": {"message": str, "evidence": str, "phase?": str, "kind?": str},
     "rig": str,
     "vms?": [{"name": str, "viommu": str, "mdevs": [str]}],
 }

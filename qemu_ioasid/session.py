@@ -34,7 +34,7 @@ from qemu_ioasid.hostvm import HostParts
 from qemu_ioasid.localhost import LocalParts
 from qemu_ioasid.process import current_run
 from qemu_ioasid.qemu import Qemu
-from qemu_ioasid.report import Report
+from qemu_ioasid.report import Enough, Report
 from qemu_ioasid.rig import Rig
 from qemu_ioasid.scenarios import table
 from qemu_ioasid.standby import Start
@@ -57,6 +57,8 @@ class Options:
     order: Mapping[str, Any] = field(default_factory=dict)
     #: The checks to make, by name; none: all.
     checks: tuple[str, ...] = ()
+    #: Whether the first check that fails ends the run.
+    first: bool = False
     accelerator: str = "auto"
     qemu: str = "auto"
     #: Laid over the rig file: see `config.load`.
@@ -128,7 +130,7 @@ def build(options: Options, configuration: RigConfig, output: Output, report: Re
             # The kernel under test is the host VM's. Nested in TCG, a debug kernel takes a guest
             # more than seven minutes to boot: guests get the default profile.
             inner_kernel = kernel.build(
-                replace(options.kernel, profile="default"),
+                replace(options.kernel, profile="default", mutant=None),
                 deadline=deadline,
                 progress=output.progress,
             )
@@ -193,6 +195,7 @@ def check_local(options: Options) -> None:
         ("--append", bool(options.append)),
         ("--profile", options.kernel.profile != "default"),
         ("--series", options.kernel.series != kernel.Spec().series),
+        ("--mutant", options.kernel.mutant is not None),
         ("--set host", any(key.partition(".")[0] == "host" for key in options.changes)),
     ):
         if given:
@@ -323,6 +326,7 @@ def run(options: Options, output: Output) -> Report:
         options.scenario,
         output.say,
         rig=configuration.text,
+        first=options.first,
         begins=output.begins,
         progress=output.progress,
     )
@@ -332,8 +336,10 @@ def run(options: Options, output: Output) -> Report:
             with report.phase("take it apart"):
                 running.dismantle()
         report.exit_code = 1 if report.failed else 0
+    except Enough:
+        report.exit_code = 1
     except RigError as error:
-        report.fail(error.exit_code, error.message, error.evidence)
+        report.fail(error.exit_code, error.message, error.evidence, type(error).__name__)
     except (KeyboardInterrupt, Terminated) as signal:
         name, code = ("Ctrl-C", 130) if isinstance(signal, KeyboardInterrupt) else ("SIGTERM", 143)
         report.fail(code, f"interrupted by {name}", "")

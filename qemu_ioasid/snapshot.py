@@ -16,7 +16,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -291,13 +290,3 @@ def nearest(identity: dict[str, Any]) -> str:
     if not best:
         return "there is none"
     return f"there is none; the nearest differs in {', '.join(best)}"
-
-
-def prune(kept: int = KEPT) -> None:
-    """Remove all but the *kept* most recently used; a rig restored from one keeps what it has."""
-    found = []
-    for folder in (cache.root() / KIND).glob("[!.]*"):
-        with contextlib.suppress(OSError):
-            found.append((folder.stat().st_mtime_ns, folder))
-    for _, folder in sorted(found, reverse=True)[kept:]:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -142,7 +142,7 @@ def _find(
                 snapshot.seal(scratch)
                 shutil.rmtree(folder, ignore_errors=True)
                 scratch.rename(folder)
-                snapshot.prune()
+                cache.prune(snapshot.KIND, snapshot.KEPT)
             return stack.enter_context(snapshot.opened(folder, verify=False))
 
 

@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 
 from qemu_ioasid import config
-from tests.test_stack import MUTANTS, Running
+from qemu_ioasid.kernel import mutant
+from tests.test_stack import Running
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -199,7 +200,7 @@ def test_a_check_that_fails(avocado: Avocado, tmp_path: Path) -> None:
     """On a driver without its list (as tests/test_stack.py builds it)."""
     series = tmp_path / "7.2"
     shutil.copytree(ROOT / "kernel-patches/7.2", series)
-    shutil.copy(MUTANTS / "no-list-check.patch", series)
+    shutil.copy(mutant.find("no-list-check").patch, series)
     with open(series / "series", "a") as file:
         file.write("no-list-check.patch\n")
     job = avocado("run", "--ioasid-series", str(series), "examples/attacks.ioasid:intra-vm")

@@ -145,7 +145,7 @@ def test_the_least_recently_used_go(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for age, folder in enumerate(folders):
         os.utime(folder, (1000 - age, 1000 - age))
     with snapshot.opened(folders[3], verify=False):
-        snapshot.prune(2)
+        cache.prune(snapshot.KIND, 2)
         assert sorted(path.name for path in (tmp_path / "snapshot").iterdir()) == ["a", "d"]
     assert snapshot.nearest({"kernel": "other"}) == "there is none; the nearest differs in kernel"
 

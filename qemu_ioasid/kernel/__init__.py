@@ -30,6 +30,9 @@ PATCHES = Path(__file__).resolve().parents[2] / "kernel-patches"
 #: Changes with the way a kernel is made of the same inputs.
 _VERSION = "2"
 _DEBUG = "debug"
+_MUTANT = "mutant"
+#: The kernels with a mutant, 40 MB each, are kept as long as so many were not used later.
+MUTANTS_KEPT = 80
 
 Progress = Callable[[str], None]
 
@@ -46,6 +49,8 @@ class Spec:
     series: Path = PATCHES / "7.2"
     #: Patches of the series that are left out, by shell globs of their names.
     without: tuple[str, ...] = ()
+    #: One more patch on top of the series, for the host VM's kernel (`mutant`).
+    mutant: Path | None = None
     fragments: Path = PATCHES / "config"
     #: Ask the archive for a newer source package, although one is here.
     update: bool = False
@@ -170,10 +175,13 @@ class _Recipe:
                 for patch in tree.read_series(spec.series)
                 if not any(fnmatch.fnmatchcase(patch.name, glob) for glob in spec.without)
             ]
+        if spec.mutant is not None:
+            self.patches.append(spec.mutant)
         self.series_hash = cache.digest(*[patch.read_bytes() for patch in self.patches])
         found = sorted(spec.fragments.glob("*.config"))
         self.fragments = [path for path in found if path.stem != _DEBUG or spec.profile == _DEBUG]
         self.options = options.read(self.fragments)
+        self.kind = "kernel" if spec.mutant is None else _MUTANT
 
     def get(self, wanted: source.Source, deadline: Deadline, progress: Progress) -> Kernel:
         """The kernel of this recipe and the source *wanted*."""
@@ -181,13 +189,16 @@ class _Recipe:
         asked = "\n".join(f"{option.name}={option.value}" for option in self.options)
         key = cache.digest(_VERSION, fetched.sha256, self.series_hash, asked, self.compiler)
         path, was_there = cache.get_or_build(
-            "kernel",
+            self.kind,
             key,
             lambda folder: self._build(fetched, deb, folder, deadline, progress),
             deadline=deadline,
             on_wait=lambda: progress("waiting for another build of the same kernel"),
         )
         source.remember(self.base, fetched)
+        if self.kind == _MUTANT:
+            os.utime(path)
+            cache.prune(_MUTANT, MUTANTS_KEPT)
         return _load(path, was_there)
 
     def _build(

@@ -14,7 +14,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qemu_ioasid import cache, process
@@ -82,16 +82,21 @@ class Tree:
         is then as it was. Interrupted, it is put right by the next call.
         """
         touched = self._touched()
-        named = sorted({name for patch in patches for name in _names(patch)})
+        named = sorted({name for patch in patches for name in names(patch)})
         with cache.scratch("kernel-tree") as scratch:
-            for name in named:
-                if touched.get(name, True):
-                    _copy(self._pristine(name, touched), scratch / name)
+            self.lay_out(named, scratch)
             for patch in patches:
-                _patch(patch, scratch, deadline)
+                lay_over(patch, scratch, deadline)
             self._keep_originals(named, touched)
             for name in touched:
                 _put(self._wanted(name, named, touched, scratch), self.src / name)
+
+    def lay_out(self, named: Iterable[str], folder: Path) -> None:
+        """Copy the files *named* to *folder* as the package has them, if it has them."""
+        touched = self._touched()
+        for name in named:
+            if touched.get(name, True):
+                _copy(self._pristine(name, touched), folder / name)
 
     def _touched(self) -> dict[str, bool]:
         """Each file any series touched so far, and whether the package has it."""
@@ -121,12 +126,13 @@ class Tree:
         return path.read_bytes() if path.is_file() else None
 
 
-def _names(patch: Path) -> set[str]:
-    names = set(_NAMED.findall(patch.read_text(errors="surrogateescape")))
-    for name in names:
+def names(patch: Path) -> set[str]:
+    """The files that *patch* touches; raises ConfigurationError for one outside of the tree."""
+    found = set(_NAMED.findall(patch.read_text(errors="surrogateescape")))
+    for name in found:
         if name.startswith("/") or ".." in name.split("/"):
             raise ConfigurationError(f"{patch}: {name}: leads out of the tree")
-    return names
+    return found
 
 
 def _copy(source: Path, target: Path) -> bool:
@@ -149,7 +155,8 @@ def _put(content: bytes | None, path: Path) -> None:
         temporary.replace(path)
 
 
-def _patch(patch: Path, folder: Path, deadline: Deadline) -> None:
+def lay_over(patch: Path, folder: Path, deadline: Deadline) -> None:
+    """Apply *patch* to the files in *folder*; raises PatchRefused where it does not fit exactly."""
     options = ["-p1", "--silent", "--force", "--fuzz=0", "--no-backup-if-mismatch", "-r-"]
     try:
         process.run(["patch", *options, "-d", str(folder), "-i", str(patch)], deadline=deadline)
