@@ -43,7 +43,8 @@ OPERATIONS = (
     "guest_forget", "freeze", "thaw", "wake",
     "ioas_alloc", "ioas_destroy", "ioas_map_guest", "ioas_unmap", "pasid_alloc",
     "pasid_free", "pasids", "register", "replace", "unregister", "ledger", "audit",
-    "kernel_list", "kernel_table", "wait_blocked", "device_open", "device_close", "reset",
+    "kernel_list", "kernel_table", "wait_blocked", "device_open", "device_close", "program",
+    "reset",
 )
 # fmt: on
 
@@ -147,6 +148,13 @@ class Host:
     def _refuse_open(self, name: str) -> None:
         if name in self._devices():
             raise OSError(errno.EBUSY, f"device {name!r} is open")
+
+    def _unopened(self, name: str) -> str:
+        """The uuid of an mdev that is open nowhere here."""
+        if name not in self._uuids:
+            raise KeyError(f"no device {name!r}")
+        self._refuse_open(name)
+        return self._uuids[name]
 
     # --- the machine, the mdevs ---------------------------------------------------------
 
@@ -420,13 +428,17 @@ class Host:
 
     def device_open(self, name: str) -> Json:
         """Opens an mdev that no guest has open."""
-        if name not in self._uuids:
-            raise KeyError(f"no device {name!r}")
         with self._opening:
-            self._refuse_open(name)
-            sysfs = f"{MDEV_DEVICES}/{self._uuids[name]}"
+            sysfs = f"{MDEV_DEVICES}/{self._unopened(name)}"
             opened = self._own.open(name, sysfs, f"agent:{name}")
         return {"iommufd": opened.iommufd.name, "ioas": opened.ioas, "vfio": opened.device.cdev}
+
+    def program(self, devices: list[str], **order: Any) -> Json:
+        """Many steps on mdevs that nobody has open, and what each did to everything."""
+        from qemu_ioasid.agent import program
+
+        with self._opening:
+            return program.run({name: self._unopened(name) for name in devices}, **order)
 
     def device_close(self, name: str) -> None:
         """Closes a device opened by device_open."""

@@ -46,10 +46,14 @@ def protect(address: int, length: int, protection: int) -> None:
         raise OSError(ctypes.get_errno(), "mprotect")
 
 
+_libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+def differ(one: int, other: int, length: int) -> bool:
+    """Whether as many bytes at two addresses, which stay what they are meanwhile, differ."""
+    return bool(_libc.memcmp(one, other, length))
+
+
 def same_bytes(one: object, offset: int, other: object, start: int, length: int) -> bool:
     """Whether two writable buffers, at offset and start, hold the same bytes, all inside them."""
-    return not _libc.memcmp(
-        ctypes.c_void_p(address_of(one) + offset),
-        ctypes.c_void_p(address_of(other) + start),
-        ctypes.c_size_t(length),
-    )
+    return not differ(address_of(one) + offset, address_of(other) + start, length)
