@@ -23,6 +23,7 @@ from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, RigError
 from qemu_ioasid.kernel import mutant
 from qemu_ioasid.lab import arguments as lab
+from qemu_ioasid.model import program
 from qemu_ioasid.mutants import command as mutants
 from qemu_ioasid.qemu import ACCELERATORS
 from qemu_ioasid.report import VERDICTS, Report, counts
@@ -109,7 +110,9 @@ def _add_run(
 ) -> None:
     run = commands.add_parser("run", parents=[common], help="boot a rig and run a scenario on it")
     run.add_argument(
-        "scenario", nargs="?", default="isolation", help=f"one of: {', '.join(SCENARIOS)}"
+        "scenario",
+        nargs="?",
+        help=f"one of: {', '.join(SCENARIOS)} (isolation; with --replay model)",
     )
     run.add_argument(
         "--check",
@@ -130,10 +133,16 @@ def _add_run(
         help="hostile: how many descriptors and accesses (200000)",
     )
     run.add_argument(
+        "--steps", type=_count, metavar="N", help="model: how many random steps (10000)"
+    )
+    run.add_argument(
         "--seed",
         type=int,
         metavar="N",
-        help="stress, hostile: what is drawn from it (a fresh one, told)",
+        help="stress, hostile, model: what is drawn from it (a fresh one, told)",
+    )
+    run.add_argument(
+        "--replay", type=Path, metavar="FILE", help="model: this program, and no other"
     )
     run.add_argument(
         "--host",
@@ -245,15 +254,17 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 
 def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    scenario = scenarios.find(arguments.scenario)
+    name = arguments.scenario or ("isolation" if arguments.replay is None else "model")
+    scenario = scenarios.find(name)
     options = _options(arguments)
     if arguments.series is None:
         options = replace(options, kernel=replace(options.kernel, without=scenario.left_out))
     options = replace(
         options,
         rig=arguments.rig or scenario.rig,
-        scenario=arguments.scenario,
-        order=_order(arguments, scenario.takes),
+        append=f"{scenario.append} {arguments.append}".strip(),
+        scenario=name,
+        order=_order(arguments, name, scenario.takes),
         checks=tuple(arguments.check),
         first=arguments.first,
         host=arguments.host,
@@ -267,14 +278,21 @@ def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     return ended.exit_code
 
 
-def _order(arguments: argparse.Namespace, takes: tuple[str, ...]) -> dict[str, Any]:
+def _order(arguments: argparse.Namespace, name: str, takes: tuple[str, ...]) -> dict[str, Any]:
     """What the user said to a scenario; raises ConfigurationError where it does not take it."""
-    said = {each: getattr(arguments, each) for each in ("seconds", "seed", "operations")}
+    said = {
+        each: getattr(arguments, each)
+        for each in ("seconds", "operations", "steps", "seed", "replay")
+    }
     order = {each: value for each, value in said.items() if value is not None}
     for each in order.keys() - set(takes):
-        raise ConfigurationError(f"--{each}: scenario {arguments.scenario} takes none")
+        raise ConfigurationError(f"--{each}: scenario {name} takes none")
     if "series" in takes:
         order["series"] = arguments.series is not None
+    if "replay" in order:
+        order["replay"] = program.load(order["replay"])
+    elif name == "model":
+        program.require_hypothesis()
     return order
 
 

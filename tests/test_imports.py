@@ -27,7 +27,7 @@ FLOORS = (
     ("machine", "registrar", "vtd", "agentdisk"),
     ("client", "qemu", "snapshot"),
     ("qmp", "ssh", "console", "kernel", "image"),
-    ("archive", "erofs", "preflight", "markup", "attempts"),
+    ("archive", "erofs", "preflight", "markup", "attempts", "model"),
     ("config", "cache"),
     ("process", "viommu"),
     ("reaper", "deadline", "text", "logfile", "shape"),

@@ -17,6 +17,8 @@ from qemu_ioasid.scenarios import (
     hostile,
     hotplug,
     isolation,
+    model,
+    modelguests,
     stage,
     stress,
 )
@@ -27,12 +29,14 @@ class Scenario(NamedTuple):
     """*rows* tells the checks on a rig, and refuses one that lacks what they need.
 
     *run* takes a rig, a report and the rows to make; and by name what *takes* lists, which are
-    options of the command. *rig* is what it runs on where nobody says.
+    options of the command. *rig* is what it runs on where nobody says, *append* what it adds to
+    the host VM's kernel command line.
     """
 
     rows: Callable[[RigConfig], list[Row]]
     run: Callable[..., None]
     rig: Path = config.DEFAULT
+    append: str = ""
     takes: tuple[str, ...] = ()
     #: Patches of our series that its kernel does without (shell globs), where nobody says which.
     left_out: tuple[str, ...] = ()
@@ -43,12 +47,14 @@ SCENARIOS = {
     "attacks": Scenario(attacks.rows, attacks.run),
     "hotplug": Scenario(hotplug.rows, hotplug.run),
     "boot": Scenario(stage.rows, stage.run),
-    "stress": Scenario(stress.rows, stress.run, stress.RIG, ("seconds", "seed")),
+    "stress": Scenario(stress.rows, stress.run, stress.RIG, takes=("seconds", "seed")),
     "faults": Scenario(faults.rows, faults.run, stress.RIG),
     "hostile": Scenario(hostile.rows, hostile.run, takes=("seed", "operations")),
+    "model": Scenario(model.rows, model.run, model.RIG, model.APPEND, ("steps", "seed", "replay")),
+    "model-guests": Scenario(modelguests.rows, modelguests.run, takes=("steps", "seed")),
     **{
         findings.PREFIX + found.name: Scenario(
-            found.rows, found.run, found.rig, ("series",), found.left_out
+            found.rows, found.run, found.rig, takes=("series",), left_out=found.left_out
         )
         for found in findings.FINDINGS
     },
