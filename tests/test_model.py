@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The reference model: a kernel that keeps to it, one that does not, and programs as texts."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qemu_ioasid import kernel
+from qemu_ioasid.errors import ConfigurationError, RequirementError
+from qemu_ioasid.model import program
+from qemu_ioasid.model.minimal import minimal
+from qemu_ioasid.model.outcomes import ALL
+from qemu_ioasid.model.program import Step
+from qemu_ioasid.model.rules import Answer, Model
+from qemu_ioasid.model.steps import following
+from tests.conftest import Command, Ended
+
+MUTANTS = Path(__file__).with_name("mutants")
+
+
+def agreed(ended: Ended) -> dict[str, Any]:
+    """What the check of a run says that agreed with the model."""
+    assert ended.code == 0, ended.err
+    checks = {check["name"]: check for check in ended.json()["checks"]}
+    assert {check["verdict"] for check in checks.values()} == {"pass"}
+    return dict(checks["model"])
+
+
+def test_ten_thousand_steps_of_a_fixed_seed(command: Command) -> None:
+    check = agreed(command("run", "model", "--json", "--seed", "1"))
+    found = re.match(r"(\d+) steps in .*, seed 1;", check["answered"])
+    assert found and int(found[1]) >= 10_000
+
+
+def test_ten_thousand_steps_of_a_fresh_seed(command: Command) -> None:
+    ended = command("run", "model", "--json")
+    print(ended.err)
+    found = re.match(r"(\d+) steps in .*, seed (\d+);", agreed(ended)["answered"])
+    assert found and int(found[1]) >= 10_000
+    assert f"seed {found[2]}\n" in ended.err
+
+
+def test_guests(command: Command) -> None:
+    ended = command("run", "model-guests", "--json", "--steps", "30")
+    print(ended.err)
+    assert ended.code == 0, ended.err
+    (check,) = ended.json()["checks"]
+    assert "30 steps" in check["answered"]
+    assert {"refused", "allowed"} <= {attempt["outcome"] for attempt in check["attempts"]}
+
+
+def test_a_driver_without_its_list_is_found_and_the_program_plays_again(
+    command: Command, tmp_path: Path
+) -> None:
+    series = tmp_path / kernel.Spec().series.name
+    shutil.copytree(kernel.Spec().series, series)
+    shutil.copy(MUTANTS / "no-list-check.patch", series)
+    with open(series / "series", "a") as file:
+        file.write("no-list-check.patch\n")
+    broken = ("--cold", "--json", "--series", str(series))
+    ended = command("run", "model", "--report", "found", *broken)
+    assert ended.code == 1, ended.err
+    text = (tmp_path / "found/program.txt").read_text()
+    # iommufd, open, bind, submit
+    assert len(program.parse(text, "program.txt")) == 4
+    assert "# REFUSED: nobody's" in text and "#   seen:     0 [1, 'FAULT'" in text
+    again = command("run", "--replay", "found/program.txt", *broken)
+    assert again.code == 1, again.err
+    assert "REFUSED: nobody's" in again.json()["checks"][0]["witnesses"]
+    good = command("run", "--replay", "found/program.txt", "--json")
+    assert good.code == 0, good.err
+
+
+# --- what needs no kernel ---------------------------------------------------------------------
+
+
+def drawn(seed: int, count: int) -> list[Step]:
+    """A random program."""
+    chance = random.Random(seed)
+    model = program.fresh(program.MAX_PASIDS)
+    steps = []
+    for _ in range(count):
+        steps.append(following(model, lambda options: chance.choice(options)))
+        model.step(*steps[-1])
+    return steps
+
+
+def test_every_outcome_is_drawn_by_chance_alone() -> None:
+    met = set()
+    for seed in range(200):
+        steps = drawn(seed, 100)
+        for step, expected in zip(steps, program.predict(steps, program.MAX_PASIDS), strict=False):
+            met.add((step[0], expected.answer.outcome))
+    assert set(ALL) <= met
+
+
+def test_a_program_is_the_same_from_its_text() -> None:
+    steps = drawn(5, 100)
+    assert program.parse("\n".join(map(program.line, steps)), "text") == steps
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("open fd=d0 device=z", "file:1: open: device=z: must be one of a, b, c"),
+        ("\nopn fd=d0", "file:2: opn: no step opn; there are attach"),
+        ("detach", "file:1: detach: missing a required argument: 'fd'"),
+        ("attach fd=d0 pt_id=x", "file:1: attach: invalid literal"),
+        ("attach fd=d0 pt_id=0x10000000000000000", "out of range"),
+        ("attach fd", "file:1: attach: fd: must be name=value"),
+    ],
+)
+def test_what_is_no_program(text: str, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        program.parse(text, "file")
+
+
+class Careless(Model):
+    """A model of a driver whose first leaver takes a shared PASID from all."""
+
+    def detach_pasid(self, fd: str, pasid: int) -> Answer:
+        """As ever, and then it is gone from every list."""
+        answer = super().detach_pasid(fd, pasid)
+        for file in self.bound():
+            file.pasids.pop(pasid, None)
+        return answer
+
+
+def differing(steps: list[Step]) -> list[Step] | None:
+    """The steps to the first after which the careless one's lists are others."""
+    content = random.Random(program.SEED).randbytes(1)
+    good, bad = (cls(content, program.DEVICES, 3) for cls in (Model, Careless))
+    for index, step in enumerate(steps):
+        if good.step(*step) != bad.step(*step) or good.kernel() != bad.kernel():
+            return steps[: index + 1]
+    return None
+
+
+def test_what_is_found_is_made_small() -> None:
+    long = next(found for seed in range(99) if (found := differing(drawn(seed, 100))))
+    small = minimal(long, differing)
+    # An iommufd with an IOAS, two devices opened, bound and given the PASID, one of which leaves
+    assert len(small) <= 9, list(map(program.line, small))
+
+
+def test_without_hypothesis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RequirementError, match=r"qemu_ioasid\[model\]"):
+        program.require_hypothesis()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("isolation", "--steps", "5"), "--steps: scenario isolation takes none"),
+        (("--replay", "nonesuch"), "nonesuch: No such file or directory"),
+        (("model", "--rig", "RIG"), "scenario model needs mdevs a, b, c that no guest has"),
+    ],
+)
+def test_usage(command: Command, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    (tmp_path / "RIG").write_text("[mdev.a]\n")
+    ended = command("run", *arguments)
+    assert ended.code == 2, ended.err
+    assert said in ended.err
