@@ -7,6 +7,7 @@ import importlib.util
 import random
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,15 @@ def test_ten_thousand_steps_of_a_fixed_seed(command: Command) -> None:
     assert found and int(found[1]) >= 10_000
 
 
-def test_ten_thousand_steps_of_a_fresh_seed(command: Command) -> None:
+def test_ten_thousand_steps_of_a_fresh_seed(
+    command: Command, record_property: Callable[[str, object], None]
+) -> None:
     ended = command("run", "model", "--json")
     print(ended.err)
     found = re.match(r"(\d+) steps in .*, seed (\d+);", agreed(ended)["answered"])
     assert found and int(found[1]) >= 10_000
     assert f"seed {found[2]}\n" in ended.err
+    record_property("seed", found[2])
 
 
 def test_guests(command: Command) -> None:
@@ -64,7 +68,7 @@ def test_a_driver_without_its_list_is_found_and_the_program_plays_again(
     shutil.copy(MUTANTS / "no-list-check.patch", series)
     with open(series / "series", "a") as file:
         file.write("no-list-check.patch\n")
-    broken = ("--cold", "--json", "--series", str(series))
+    broken = ("--json", "--series", str(series))
     ended = command("run", "model", "--report", "found", *broken)
     assert ended.code == 1, ended.err
     text = (tmp_path / "found/program.txt").read_text()

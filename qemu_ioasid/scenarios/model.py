@@ -128,8 +128,8 @@ class Programs:
         for operation, seen in sorted(outcomes.OUTCOMES.items()):
             counts = ", ".join(f"{name} {self.met[operation, name]}" for name in seen)
             self._report.say(f"  {operation}: {counts}")
-        trial.answer(f"{len(self.met)} of {len(outcomes.ALL)}")
         lacking = self._lacking()
+        trial.answer(f"{len(outcomes.ALL) - len(lacking)} of {len(outcomes.ALL)}")
         trial.require(not lacking, f"never came: {'; '.join(lacking)}")
         trial.saw("every outcome that is asked for")
 
@@ -146,6 +146,8 @@ class Programs:
         except _Broke as broke:
             raise broke.cause from None
         if self._found is not None:
+            first = self._found[1]
+            self._report.say(f"step {self.played + 1}: {first.expected}; seen: {first.seen}")
             self._until = time.monotonic() + SHRINK_SECONDS * calibration()
             minimal(self._found[0], self._smaller)
 
@@ -154,6 +156,7 @@ class Programs:
         try:
             return self._play(steps) is None
         except RigError as error:
+            self._report.say(f"what the kernel was doing then: {FILE}")
             raise _Broke(error) from error
 
     def _smaller(self, steps: list[Step]) -> list[Step] | None:
