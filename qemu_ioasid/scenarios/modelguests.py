@@ -29,7 +29,7 @@ from qemu_ioasid.model.iommufd import (
 from qemu_ioasid.model.rules import Answer, File, Model
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Rig
-from qemu_ioasid.scenarios import isolation
+from qemu_ioasid.scenarios import acts
 from qemu_ioasid.scenarios.acts import SLOT
 from qemu_ioasid.scenarios.checks import Trial
 from qemu_ioasid.scenarios.stage import Stage
@@ -54,8 +54,8 @@ class _Numbered(Context):
 
 
 def rows(config: RigConfig) -> list[Row]:
-    """The checks; raises as scenario isolation does."""
-    return TABLE.rows(config, isolation.parts(config))
+    """The checks; raises as `acts.parts`."""
+    return TABLE.rows(config, acts.parts(config, "model-guests"))
 
 
 def run(
