@@ -44,7 +44,7 @@ struct keeping {
 
 static struct keeping kept[HOLDERS];
 static pid_t unloader, intruder;
-static double next_reload;
+static double next_reload, next_intruder;
 
 double now(void)
 {
@@ -302,10 +302,12 @@ static void tend_holder(struct holder *holder, struct keeping *keeping,
 
 static void tend_intruder(void)
 {
+	if (now() < next_intruder)
+		return;
+	next_intruder = now() + 0.3 + chance(1000) / 1000.;
 	if (!intruder) {
-		if (!chance(2000))
-			intruder = aside(intrude, NULL);
-	} else if (!chance(1000)) {
+		intruder = aside(intrude, NULL);
+	} else {
 		kill(intruder, SIGKILL);
 		await(&intruder, "the intruder's death");
 	}
