@@ -210,13 +210,14 @@ class OwnDevices:
         name: str,
         seed: int,
         targets: list[Json],
+        seconds: float,
         operations: int | None = None,
         rings: bool = False,
     ) -> Json:
         """Does to a device what a hostile owner would."""
         from qemu_ioasid.agent.storm import Storm, Target
 
-        storm = Storm(self.get(name), seed, [Target(**each) for each in targets], rings)
+        storm = Storm(self.get(name), seed, [Target(**each) for each in targets], seconds, rings)
         with self._lock:
             self._storms[name] = storm
         try:

@@ -50,9 +50,6 @@ RING_IOVA = 0x7000_0000
 #: What is put back behind writes to config space: the header and MSI-X
 #: (include/uapi/linux/pci_regs.h, kernel-patches/ABI.md).
 _HEADER, _BARS = 0x4C, range(0x10, 0x28)
-#: How long the device may take for a ring full of work, in seconds.
-IDLE_SECONDS = 60.0
-
 KNOWN = (uapi.PDMA_OP_NOP, uapi.PDMA_OP_COPY, uapi.PDMA_OP_FILL, uapi.PDMA_OP_COMPARE)
 OPCODES = (
     *KNOWN * 3,
@@ -157,9 +154,13 @@ class Storm:
     """
 
     def __init__(
-        self, opened: OpenDevice, seed: int, targets: Sequence[Target], rings: bool
+        self, opened: OpenDevice, seed: int, targets: Sequence[Target], seconds: float, rings: bool
     ) -> None:
-        """With rings, the device finds its own ones where work without a PASID may write them."""
+        """seconds: how long the device may take for a ring full of work.
+
+        With rings, the device finds its own ones where work without a PASID may write them.
+        """
+        self._seconds = seconds
         self._opened = opened
         self._ring = opened.ring
         self._memory = opened.ring.memory
@@ -264,7 +265,7 @@ class Storm:
             tail = self._ring.register("TAIL")
             return tail if (tail - self._ring.register("HEAD")) % _WORD <= left else None
 
-        return wait_for("end of the device's work", IDLE_SECONDS, ended)
+        return wait_for("end of the device's work", self._seconds, ended)
 
     def _put(self, first: int, records: Sequence[bytes]) -> None:
         """Into the ring from a slot on, around its end."""

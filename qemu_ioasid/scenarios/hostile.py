@@ -35,6 +35,8 @@ SLOWER = 10
 SAMPLES, BYTES = 15, ROOM // 2
 #: A storm's operations take so long at most, in seconds of the reference machine each.
 OPERATION_SECONDS = 0.004
+#: For a ring full of work, likewise.
+RING_SECONDS = 60.0
 #: The cap that the list is tried with.
 CAP = 8
 _MODULE = "vfio_pdma"
@@ -105,6 +107,7 @@ class Hostile(Acts):
             seed=self.seed + list(given).index(device),
             operations=operations,
             targets=targets,
+            seconds=RING_SECONDS * calibration(),
             rings=True,
         )
 
@@ -281,6 +284,7 @@ class Hostile(Acts):
                 targets=[
                     dict(zip(("pasid", "iova", "length"), each, strict=True)) for each in known
                 ],
+                seconds=RING_SECONDS * calibration(),
                 rings=rings,
                 deadline=self._deadline(self.operations),
             )
