@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from qemu_ioasid.model.engine import COMPARE, COPY, FILL, INTERRUPT, MAX_LENGTH, NOP, PASID
+from qemu_ioasid.model.engine import CHUNK, COMPARE, COPY, FILL, INTERRUPT, MAX_LENGTH, NOP, PASID
 from qemu_ioasid.model.iommufd import (
     EXTENT,
     FIXED,
@@ -32,8 +32,8 @@ PASIDS = (1, 2, 3, VALID[-1])
 NO_PASIDS = (0, VALID.stop, U32)
 IDS = (1, 2, 3, 4, 5, 6, 0, 99)
 IOVAS = (0x10000, 0x11000, 0x100000, 0, 0x20010, U64 - PAGE + 1)
-LENGTHS = (PAGE, 0x20000, 2 * PAGE, 0x40, 0x10000)
-SIZES = (16, 1, 200, 64, 5, PAGE, 0x10000, 0x10001, 0x18000)
+LENGTHS = (PAGE, 0x20000, 0x20000, 2 * PAGE, 0x40, 0x10000)
+SIZES = (16, 1, 200, 5, PAGE, 0x10000, 0x10001, 0x10001, 0x18000)
 FILES = ("d0", "d1", "d2", "d3", "d4")
 IOMMUFDS = ("i0", "i1", "i2")
 
@@ -41,9 +41,9 @@ IOMMUFDS = ("i0", "i1", "i2")
 WEIGHTS = {
     "submit": 64,
     "attach_pasid": 24,
-    "attach_pasid_unwritten": 4,
+    "attach_pasid_unwritten": 10,
     "detach_pasid": 8,
-    "unmap": 6,
+    "unmap": 8,
     "destroy": 4,
     "detach": 4,
     "reset": 4,
@@ -162,9 +162,9 @@ class _Draw:
         if _mapped(self._space(fd, ioas)):
             # Rather one that has nothing yet
             fd, ioas = self._object()
-        length = self._mostly(LENGTHS, (0, U64), 16)
+        length = self._mostly(LENGTHS, (0, U64), 10)
         rights = self._mostly((READABLE | WRITEABLE,), (READABLE, WRITEABLE, 0), 2)
-        at = self.pick((0, 0x10000, 0x8000, PAGE, 16, READ_PAGE - PAGE))
+        at = self.pick((0, 0x10000, 0x8000, PAGE, 16, READ_PAGE - PAGE, READ_PAGE - PAGE))
         return {
             "fd": fd,
             "ioas": ioas,
@@ -216,7 +216,8 @@ class _Draw:
         listed = list(file.pasids) if isinstance(file, File) else []
         held = [pasid for pasid in self.model.table if pasid not in listed]
         new = [pasid for pasid in PASIDS if pasid not in self.model.table]
-        pasid = self._mostly([*listed, *held, *new], NO_PASIDS, 10)
+        shared = [pasid for pasid in listed if self.model.table[pasid].users > 1]
+        pasid = self._mostly([*listed, *held, *shared * 4, *new * 2], NO_PASIDS, 10)
         pt_id = self._pt_id(fd)
         if pasid in held:
             pt_id = self.pick((self.model.table[pasid].ioas, pt_id))
@@ -244,7 +245,7 @@ class _Draw:
         space = self._meant(fd, pasid)
         length = self.pick(SIZES)
         work = {
-            "opcode": self.pick((COPY, COPY, FILL, COMPARE)),
+            "opcode": self.pick((COPY, COPY, FILL, COMPARE, COMPARE)),
             "flags": 0 if pasid is None else PASID,
             "pasid": pasid or 0,
             "length": length,
@@ -308,7 +309,7 @@ class _Draw:
             if area.at + size > READ_PAGE:
                 hole = area.iova + READ_PAGE - area.at
                 edges += [hole - 16, hole + PAGE - 16]
-        return self._mostly(usual, edges, 2) & U64
+        return self._mostly(usual, edges, 2 if length <= CHUNK else 1) & U64
 
 
 def _mapped(thing: Ioas | Access | None) -> bool:
