@@ -70,9 +70,9 @@ def switch_off(address: str) -> None:
 def eject(address: str, device: VfioDevice, let_go: Callable[[], None], seconds: float) -> None:
     """As switch_off(), for a function that is open as device; let_go closes it.
 
-    It does so when the kernel asks for it (VFIO_PCI_REQ_IRQ_INDEX), and not before: a device that
-    is closed is reset by its bus, where it can be, and that reset waits, with the whole VM, for
-    work in flight. One that is being removed is not. Raises as switch_off(), TimeoutError.
+    It does so when the kernel asks for it (VFIO_PCI_REQ_IRQ_INDEX), and not before: vfio-pci resets
+    the bus of a device that is closed, unless it is being removed, which takes seconds in a guest
+    nested in TCG. Raises as switch_off(), TimeoutError.
     """
     asked = os.eventfd(0, os.EFD_CLOEXEC)
     failed: list[OSError] = []

@@ -8,15 +8,18 @@ from collections.abc import Iterator, Sequence
 
 from qemu_ioasid import guestvm
 from qemu_ioasid.config import RigConfig
+from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.guestvm import device_address
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Binding, Guest, Rig, copy
-from qemu_ioasid.scenarios.acts import SLOT, Acts
+from qemu_ioasid.scenarios.acts import HALF, SLOT, Acts
 from qemu_ioasid.scenarios.checks import Trial
 from qemu_ioasid.scenarios.table import Row, Table
 
 PAGE = 4096
+#: How long an unplugging that must wait is watched for its end, in seconds.
+EARLY_SECONDS = 1.0
 
 TABLE = Table()
 _UNPLUGGED = TABLE.phase("devices unplugged and plugged in again")
@@ -83,10 +86,14 @@ class Hotplug(Acts):
         self.moves(trial, guest, device, again.pasid, again.iova, again.offset)
         self.rig.unbind(again)
 
-    @_UNPLUGGED(
-        "unplugged-{device}",
-        "unplug {device} with a PASID in its list, plug it in, name that PASID",
-    )
+    @_UNPLUGGED("unplugged-{a}", "unplug {a} with a PASID in its list, plug it in, name that PASID")
+    def _unplugged_a(self, trial: Trial) -> None:
+        self._unplugged(trial, self.a)
+
+    @_UNPLUGGED("unplugged-{c}", "unplug {c} with a PASID in its list, plug it in, name that PASID")
+    def _unplugged_c(self, trial: Trial) -> None:
+        self._unplugged(trial, self.c)
+
     def _unplugged(self, trial: Trial, device: str) -> None:
         guest = self.owner[device]
         held = self.bind(guest, device)
@@ -130,16 +137,15 @@ class Hotplug(Acts):
             trial.answer(f"register PASID {held.pasid} for {self.c}: 0")
             self.moves(trial, self.g2, self.c, theirs.pasid, theirs.iova, theirs.offset)
         self.refused(trial, self.g1, self.a, held.pasid, held.iova)
-        self.g2.agent.call("fill")
-        self.moves(trial, self.g2, self.c, theirs.pasid, theirs.iova, theirs.offset)
         self.rig.unbind(theirs)
 
     @_UNPLUGGED("in-flight-unplugged", "unplug {a} in the middle of a write that sleeps")
     def _in_flight(self, trial: Trial) -> None:
-        """The last close ends the access; the memory (userfaultfd) sleeps on all the while."""
+        """QEMU resets what it takes out: that waits for the write, and drops the work behind it."""
         host = self.rig.host.agent
         held = self.bind(self.g1, self.a)
         slow = held.iova + SLOT
+        source = self.g1.agent.call("read", offset=held.offset, length=PAGE)["hex"]
         handle = host.call(
             "slow_create", iommufd=self.g1.name, ioas=held.ioas, iova=slow, length=PAGE
         )["handle"]
@@ -147,15 +153,30 @@ class Hotplug(Acts):
             # Whatever fails: a device left asleep would fail every check that follows.
             stack.callback(host.call, "slow_close", handle=handle)
             with self.witnesses.around(trial, reads=(held.iova, PAGE), writes=(slow, PAGE)):
-                work = copy(held.pasid, held.iova, slow, PAGE)
-                attempt = self.attempt(trial, self.g1.name, self.a, work, "")
-                self.g1.submit_start(self.a, work)
-                host.call("slow_wait", handle=handle, seconds=20)
-                self.rig.unplug(self.a)
-                attempt.outcome = "faulted"
+                work = (
+                    copy(held.pasid, held.iova, slow, PAGE),
+                    copy(held.pasid, held.iova, held.iova + HALF, PAGE),
+                )
+                attempt = self.attempt(trial, self.g1.name, self.a, work[0], "DONE")
+                self.g1.submit_start(self.a, *work)
+                self._unplugged_under(trial, handle)
                 self._forgotten(trial, self.a, held.pasid)
-            host.call("slow_release", handle=handle)
-            landed = host.call("slow_read", handle=handle, offset=0, length=PAGE)["hex"]
-            trial.require(not landed.strip("0"), "the write arrived after the device was gone")
+                landed = host.call("slow_read", handle=handle, offset=0, length=PAGE)["hex"]
+                trial.require(landed == source, "unplugged, with the write not whole")
+                attempt.answered, attempt.outcome = "DONE", "allowed"
+                trial.saw("the write was whole when the device was gone, the next one not begun")
         self.rig.plug(self.a)
         self._works(trial, self.a, held)
+
+    def _unplugged_under(self, trial: Trial, handle: int) -> None:
+        """Unplug under a sleeping write: the device goes after the release, and not before."""
+        host, seconds = self.rig.host.agent, 20 * calibration()
+        host.call("slow_wait", handle=handle, seconds=seconds)
+        host.call("guest_unplug", guest=self.g1.name, device=self.a)
+        bdf = device_address(self.g1.mdevs.index(self.a))
+        leaving = self.g1.agent.start("device_eject", name=self.a, bdf=bdf)
+        early = leaving.ends_within(EARLY_SECONDS)
+        host.call("slow_release", handle=handle)
+        leaving.result(Deadline(45, f"{self.a} ejected"))
+        guestvm.unplugged(self.rig.host, self.g1.name, self.a)
+        trial.require(not early, "the device was gone with a write still in flight")
