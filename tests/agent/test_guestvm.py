@@ -212,6 +212,8 @@ while True:
                 os.close(passed.pop())
         if line["execute"] == "device_del" and arguments["id"] == "garbage":
             monitor.sendall(b"what?\\n")
+            # Nobody reads an answer any more.
+            continue
         monitor.sendall(json.dumps(answer).encode() + b"\\r\\n")
 """
 MONITORED = [PYTHON, "-c", MONITOR, "{monitor}", "{device:a}"]
