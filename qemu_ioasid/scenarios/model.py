@@ -154,6 +154,8 @@ class Programs:
         if self._found is not None:
             first = self._found[1]
             self._report.say(f"step {self.played + 1}: {first.expected}; seen: {first.seen}")
+            if self._report.first:
+                return
             self._until = time.monotonic() + SHRINK_SECONDS * calibration()
             minimal(self._found[0], self._smaller)
 
