@@ -152,7 +152,12 @@ class Rig:
         left = [f"the parent's table has {told['table']}"] if told["table"] else []
         left += [f"{name}'s list has {rows}" for name, rows in told["lists"].items() if rows]
         left += [f"guest {name} is gone" for name in self.guests if name not in told["running"]]
-        left += [f"{name} is unplugged" for name in self.mdevs if name not in told["lists"]]
+        left += [
+            f"{name} is unplugged"
+            for guest in self.guests.values()
+            for name in guest.mdevs
+            if guest.name in told["running"] and name not in told["lists"]
+        ]
         self._heard(answers)
         return left
 
