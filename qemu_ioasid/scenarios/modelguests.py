@@ -126,13 +126,11 @@ class ModelGuests(Stage):
         self._told.append(f"IOAS {ioas} of {name}")
 
     def _named(self) -> tuple[str, int, int]:
+        """A device, a PASID and an IOAS id, which mostly is one of its guest's."""
         device = self._random.choice(list(self.owner))
-        spaces = [
-            ident
-            for context in self._contexts.values()
-            for ident, thing in context.objects.items()
-            if isinstance(thing, Ioas)
-        ]
+        contexts = [self._contexts[self.owner[device].name]] * 3 + list(self._contexts.values())
+        objects = self._random.choice(contexts).objects
+        spaces = [ident for ident, thing in objects.items() if isinstance(thing, Ioas)]
         return device, self._random.choice(self._pasids), self._random.choice(spaces)
 
     def _register(self, trial: Trial) -> None:
@@ -169,6 +167,9 @@ class ModelGuests(Stage):
 
     def _submit(self, trial: Trial) -> None:
         device, pasid, _ = self._named()
+        listed = [(each, may) for each in self.owner for may in self._file(each).pasids]
+        if listed and self._random.random() < 0.6:
+            device, pasid = self._random.choice(listed)
         choose, opcode = self._random.choice, self._random.choice((COPY, COPY, FILL, COMPARE))
         length = choose((5, 200, PAGE + 3))
         offsets = (0, 5, SLOT // 2, SLOT - PAGE - 200, SLOT - 100)
