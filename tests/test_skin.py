@@ -7,22 +7,16 @@ import json
 import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qemu_ioasid import cache, client, config, logfile, process, reaper, scenarios, session
+from qemu_ioasid import cache, config, logfile, process, reaper
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.machine import Machine
-from qemu_ioasid.report import Report
-from qemu_ioasid.rig import Guest, Rig
 from qemu_ioasid.rigpool import Pool, Used
-from qemu_ioasid.scenarios import Scenario
-from qemu_ioasid.scenarios.checks import Checks
-from qemu_ioasid.scenarios.table import Row
 from qemu_ioasid.session import Options, Output
 
 QUIET = Output(lambda line: None, lambda line: None, lambda line: None)
@@ -227,110 +221,3 @@ def test_a_vm_reaches_no_network_and_no_other_vm(used: Used) -> None:
         inside = "/run/qemu-ioasid/" if machine is rig.host else "nowhere"
         assert all(path.startswith(inside) for path in named), named
     assert told(rig.host, "stat -c %a /run/qemu-ioasid /run/qemu-ioasid/*").split() == ["700"] * 3
-
-
-# What a VM does to the rig
-
-#: Takes the agent's port from it, which stops, and writes what it is given there.
-AS_THE_AGENT = """
-import ctypes, os, signal, sys
-for pid in filter(str.isdigit, os.listdir("/proc")):
-    with open(f"/proc/{pid}/cmdline", "rb") as file:
-        if b"/run/agent" in file.read().split(b"\\0")[1:5] and int(pid) != os.getpid():
-            agent = int(pid)
-os.kill(agent, signal.SIGSTOP)
-device = os.stat("/dev/virtio-ports/agent").st_rdev
-number = next(int(fd) for fd in os.listdir(f"/proc/{agent}/fd")
-              if os.stat(f"/proc/{agent}/fd/{fd}").st_rdev == device)
-port = ctypes.CDLL(None).syscall(438, os.pidfd_open(agent), number, 0)
-data = sys.stdin.buffer.read()
-while data:
-    data = data[os.write(port, data):]
-"""
-#: On the console: an escape sequence, a title, a bell, and a line that does not end.
-EVIL = r"\033[2J\033]0;owned\007\r\010" + "A" * 3000
-
-
-def says(guest: Guest, data: bytes) -> None:
-    """Have *guest* say *data* in its agent's place."""
-    guest.machine.ssh.put({"/tmp/evil": AS_THE_AGENT.encode()}, Deadline(SECONDS, "put"))
-    told(guest.machine, "python3 /tmp/evil", data)
-
-
-def _garbage(rig: Rig, guest: Guest) -> None:
-    says(guest, b"\x1b[2J\xff{{{ nonsense\n")
-    guest.agent.call("nonce")
-
-
-def _endless(rig: Rig, guest: Guest) -> None:
-    says(guest, b"[" * (client.LONGEST + 2))
-    guest.agent.call("nonce")
-
-
-def _misshapen(rig: Rig, guest: Guest) -> None:
-    asked = guest.agent.start("nonce")
-    says(guest, b'{"id": %d, "ok": {"hex": ["../../../../tmp/owned"]}}\n' % guest.agent._next)
-    asked.result(Deadline(SECONDS, "answer"))
-
-
-def _escapes(rig: Rig, guest: Guest) -> None:
-    asked = guest.agent.start("nonce")
-    message = {"type": "OSError", "errno": 5, "message": "\x1b[2J<script>\u202e" * 2000}
-    line = json.dumps({"id": guest.agent._next, "error": message})
-    says(guest, line.encode() + b"\n")
-    asked.result(Deadline(SECONDS, "answer"))
-
-
-def _flood(rig: Rig, guest: Guest) -> None:
-    console = rig.host.guest_consoles[guest.name]
-    script = f"while printf '{EVIL}'; do :; done >/dev/ttyS0"
-    channel = guest.machine.ssh.run(script, Deadline(SECONDS, "flood"))
-    assert console.broken.wait(SECONDS)
-    channel.close()
-
-
-Act = Callable[[Rig, Guest], None]
-HOSTILE: dict[str, tuple[Act, int, str]] = {
-    "garbage": (_garbage, 4, "g1: what the agent says is no answer: "),
-    "endless": (_endless, 4, "g1: what the agent says is no answer: a line of more than"),
-    "misshapen": (_misshapen, 4, "g1: nonce: what the agent says is no answer: ok.hex must be"),
-    "escapes": (_escapes, 1, "g1: nonce: \\x1b[2J<script>\\u202e"),
-    "flood": (_flood, 5, "g1: flood: more than 16 KiB"),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_guest_ends_as_a_verdict(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """A real run, in which the first guest does its worst in the one check there is."""
-    act, code, message = HOSTILE[name]
-
-    def run(rig: Rig, report: Report, rows: Sequence[Row]) -> None:
-        with Checks(rig, report).check(name, "be hostile"):
-            act(rig, rig.guests["g1"])
-
-    row = Row("hostile", name, "be hostile", lambda *_: None)
-    monkeypatch.setitem(scenarios.SCENARIOS, "hostile", Scenario(lambda _: [row], run))
-    # Gigabytes take a guest under TCG hours: limits that it can reach.
-    monkeypatch.setattr(logfile, "LIMIT", 16 << 10)
-    monkeypatch.setattr(client, "LONGEST", 64 << 10)
-    folder = tmp_path / "report"
-    report = session.run(Options(scenario="hostile", report=folder), QUIET)
-    said = report.error["message"] if report.error else report.checks[0].answered
-    assert (report.exit_code, said[: len(message)]) == (code, message), report.document()
-    # Disk: nothing outside the folder, every file bounded.
-    assert [path.name for path in tmp_path.iterdir()] == ["report"]
-    assert not Path("/tmp/owned").exists()
-    for path in folder.iterdir():
-        most = 1 << 20 if path.name.startswith("report.") else 100 << 10
-        assert path.stat().st_size < most, path
-    # Reports and terminal: nothing acts.
-    for kind in ("report.json", "report.html", "junit.xml"):
-        text = (folder / kind).read_text()
-        assert "\x1b" not in text and "\u202e" not in text, kind
-        assert kind == "report.json" or "<script>" not in text, kind
-    assert json.loads((folder / "report.json").read_text())["exit_code"] == code
-    ElementTree.parse(folder / "junit.xml")
-    out = "".join(capfd.readouterr())
-    assert "\x1b" not in out and "Traceback" not in out

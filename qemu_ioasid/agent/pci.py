@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import threading
@@ -62,7 +63,12 @@ def switch_off(address: str) -> None:
     for slot in os.listdir(SLOTS):
         with open(f"{SLOTS}/{slot}/address") as file:
             if file.read().strip() == wanted:
-                write_attribute(f"{SLOTS}/{slot}/power", "0")
+                try:
+                    write_attribute(f"{SLOTS}/{slot}/power", "0")
+                except OSError as error:
+                    # it is off, or on its way there: the five seconds were over
+                    if error.errno != errno.ENODEV:
+                        raise
                 return
     raise FileNotFoundError(f"{address} is in no slot of {SLOTS}")
 
