@@ -122,7 +122,7 @@ class Checks:
                 Check(
                     name,
                     verdict,
-                    tried,
+                    trial.tried,
                     "; ".join(trial.answered) or "nothing",
                     "; ".join(trial.witnesses) or "not asked",
                     round(time.monotonic() - started, 3),
