@@ -213,6 +213,8 @@ class Agent:
         with self._lock:
             pending = self._pending.pop(message["id"], None)
         if pending is not None:
+            # That of a VM that was restored has said so in another life.
+            self._ready.set()
             pending._finish(message)
 
     def _break(self, why: str, said: bytes) -> None:

@@ -87,6 +87,19 @@ def test_what_is_no_answer_ends_the_agent(spoken: tuple[Agent, socket.socket], l
     assert agent.lost
 
 
+def test_an_agent_of_a_restored_vm_says_no_more_that_it_is_ready(tmp_path: Path) -> None:
+    """Its first answer says so: what comes after that and is none ends it, too."""
+    ours, theirs = socket.socketpair()
+    with theirs, client.attach(ours, "g1", tmp_path / "log") as agent:
+        asked = agent.start("wake")
+        theirs.sendall(b'half said\n{"id": 1, "ok": {"now": 7}}\n')
+        assert asked.result(Deadline(10, "answer")) == {"now": 7}
+        asked = agent.start("nonce")
+        theirs.sendall(b"nonsense\n")
+        with pytest.raises(AgentError, match="is no answer"):
+            asked.result(Deadline(10, "answer"))
+
+
 @pytest.mark.parametrize(
     ("op", "answer", "what"),
     [

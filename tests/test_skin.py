@@ -3,21 +3,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qemu_ioasid import cache, config, logfile, process, reaper
+from qemu_ioasid import cache, client, config, logfile, process, reaper, scenarios, session
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.machine import Machine
+from qemu_ioasid.report import Report
+from qemu_ioasid.rig import Guest, Rig
 from qemu_ioasid.rigpool import Pool, Used
+from qemu_ioasid.scenarios import Scenario
+from qemu_ioasid.scenarios.checks import Checks
+from qemu_ioasid.scenarios.table import Row
 from qemu_ioasid.session import Options, Output
+from qemu_ioasid.ssh import bounded
 
 QUIET = Output(lambda line: None, lambda line: None, lambda line: None)
 SECONDS = 60.0
@@ -221,3 +229,124 @@ def test_a_vm_reaches_no_network_and_no_other_vm(used: Used) -> None:
         inside = "/run/qemu-ioasid/" if machine is rig.host else "nowhere"
         assert all(path.startswith(inside) for path in named), named
     assert told(rig.host, "stat -c %a /run/qemu-ioasid /run/qemu-ioasid/*").split() == ["700"] * 3
+
+
+# What a VM does to the rig
+
+#: Stops the agent, says so, and says at its port what it is then given; the agent goes on after it.
+AS_THE_AGENT = """
+import ctypes, os, signal, sys
+agents = []
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            if b"/run/agent" in file.read().split(b"\\0")[1:5]:
+                agents.append(int(pid))
+    except OSError:
+        pass
+(agent,) = agents
+os.kill(agent, signal.SIGSTOP)
+device = os.stat("/dev/virtio-ports/agent").st_rdev
+number = next(int(fd) for fd in os.listdir(f"/proc/{agent}/fd")
+              if os.stat(f"/proc/{agent}/fd/{fd}").st_rdev == device)
+port = ctypes.CDLL(None).syscall(438, os.pidfd_open(agent), number, 0)
+print("stopped", flush=True)
+data = sys.stdin.buffer.read()
+while data:
+    data = data[os.write(port, data):]
+os.kill(agent, signal.SIGCONT)
+"""
+#: On the console: an escape sequence, a title, a bell, and a line that does not end.
+EVIL = r"\033[2J\033]0;owned\007\r\010" + "A" * 3000
+
+
+def answered(guest: Guest, line: Callable[[int], bytes]) -> Any:
+    """What comes of a question to *guest* that *line* of its number answers, in the agent's place.
+
+    The agent is stopped by then: it cannot be the one who answers.
+    """
+    deadline = Deadline(SECONDS, f"{guest.name} in its agent's place")
+    guest.machine.ssh.put({"/tmp/evil": AS_THE_AGENT.encode()}, deadline)
+    with (
+        contextlib.closing(guest.machine.ssh.run("exec python3 /tmp/evil", deadline)) as channel,
+        bounded(channel, deadline),
+    ):
+        assert channel.recv(100) == b"stopped\n"
+        asked = guest.agent.start("nonce")
+        channel.sendall(line(guest.agent.requests))
+        channel.shutdown_write()
+        assert channel.recv_exit_status() == 0
+        return asked.result(deadline)
+
+
+def _garbage(rig: Rig, guest: Guest) -> None:
+    answered(guest, lambda number: b"\x1b[2J\xff{{{ nonsense\n")
+
+
+def _endless(rig: Rig, guest: Guest) -> None:
+    answered(guest, lambda number: b"[" * (client.LONGEST + 2))
+
+
+def _misshapen(rig: Rig, guest: Guest) -> None:
+    answered(
+        guest, lambda number: b'{"id": %d, "ok": {"hex": ["../../../../tmp/owned"]}}\n' % number
+    )
+
+
+def _escapes(rig: Rig, guest: Guest) -> None:
+    error = {"type": "OSError", "errno": 5, "message": "\x1b[2J<script>\u202e" * 2000}
+    answered(guest, lambda number: json.dumps({"id": number, "error": error}).encode() + b"\n")
+
+
+def _flood(rig: Rig, guest: Guest) -> None:
+    console = rig.host.guest_consoles[guest.name]
+    script = f"while printf '{EVIL}'; do :; done >/dev/ttyS0"
+    with contextlib.closing(guest.machine.ssh.run(script, Deadline(SECONDS, "flood"))):
+        assert console.broken.wait(SECONDS)
+
+
+Act = Callable[[Rig, Guest], None]
+HOSTILE: dict[str, tuple[Act, int, str]] = {
+    "garbage": (_garbage, 4, "g1: what the agent says is no answer: "),
+    "endless": (_endless, 4, "g1: what the agent says is no answer: a line of more than"),
+    "misshapen": (_misshapen, 4, "g1: nonce: what the agent says is no answer: ok.hex must be"),
+    "escapes": (_escapes, 1, "g1: nonce: \\x1b[2J<script>\\u202e"),
+    "flood": (_flood, 5, "g1: flood: more than 16 KiB"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_guest_ends_as_a_verdict(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A real run, in which the first guest does its worst in the one check there is."""
+    act, code, message = HOSTILE[name]
+
+    def run(rig: Rig, report: Report, rows: Sequence[Row]) -> None:
+        with Checks(rig, report).check(name, "be hostile"):
+            act(rig, rig.guests["g1"])
+
+    row = Row("hostile", name, "be hostile", lambda *_: None)
+    monkeypatch.setitem(scenarios.SCENARIOS, "hostile", Scenario(lambda _: [row], run))
+    # Gigabytes take a guest under TCG hours: limits that it can reach.
+    monkeypatch.setattr(logfile, "LIMIT", 16 << 10)
+    monkeypatch.setattr(client, "LONGEST", 64 << 10)
+    folder = tmp_path / "report"
+    report = session.run(Options(scenario="hostile", report=folder), QUIET)
+    said = report.error["message"] if report.error else report.checks[0].answered
+    assert (report.exit_code, said[: len(message)]) == (code, message), report.document()
+    # Disk: nothing outside the folder, every file bounded.
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+    assert not Path("/tmp/owned").exists()
+    for path in folder.iterdir():
+        most = 1 << 20 if path.name.startswith("report.") else 100 << 10
+        assert path.stat().st_size < most, path
+    # Reports and terminal: nothing acts.
+    for kind in ("report.json", "report.html", "junit.xml"):
+        text = (folder / kind).read_text()
+        assert "\x1b" not in text and "\u202e" not in text, kind
+        assert kind == "report.json" or "<script>" not in text, kind
+    assert json.loads((folder / "report.json").read_text())["exit_code"] == code
+    ElementTree.parse(folder / "junit.xml")
+    out = "".join(capfd.readouterr())
+    assert "\x1b" not in out and "Traceback" not in out
