@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from qemu_ioasid import cache, client, config, logfile, process, reaper, scenarios, session
+from qemu_ioasid import cache, config, logfile, process, reaper, scenarios, session
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.machine import Machine
 from qemu_ioasid.report import Report
@@ -214,7 +215,8 @@ def test_a_vm_reaches_no_network_and_no_other_vm(used: Used) -> None:
     rig = used.rig
     to_us = [f"{port}.{name}" for port in ("agent", "console") for name in rig.guests]
     ports = {"host": ["agent", *to_us, "ssh"], **{name: ["agent", "ssh"] for name in rig.guests}}
-    for machine in (rig.host, *(guest.machine for guest in rig.guests.values())):
+    # One guest is as the other.
+    for machine in (rig.host, rig.guests["g1"].machine):
         around = json.loads(told(machine, "python3 -", AROUND.encode()))
         assert around["interfaces"] in ([], ["lo"]), machine.name
         assert set(around["families"].values()) == {"EAFNOSUPPORT"}, machine.name
@@ -266,9 +268,9 @@ def answered(guest: Guest, line: Callable[[int], bytes]) -> Any:
     The agent is stopped by then: it cannot be the one who answers.
     """
     deadline = Deadline(SECONDS, f"{guest.name} in its agent's place")
-    guest.machine.ssh.put({"/tmp/evil": AS_THE_AGENT.encode()}, deadline)
+    script = f"exec python3 -c {shlex.quote(AS_THE_AGENT)}"
     with (
-        contextlib.closing(guest.machine.ssh.run("exec python3 /tmp/evil", deadline)) as channel,
+        contextlib.closing(guest.machine.ssh.run(script, deadline)) as channel,
         bounded(channel, deadline),
     ):
         assert channel.recv(100) == b"stopped\n"
@@ -281,16 +283,6 @@ def answered(guest: Guest, line: Callable[[int], bytes]) -> Any:
 
 def _garbage(rig: Rig, guest: Guest) -> None:
     answered(guest, lambda number: b"\x1b[2J\xff{{{ nonsense\n")
-
-
-def _endless(rig: Rig, guest: Guest) -> None:
-    answered(guest, lambda number: b"[" * (client.LONGEST + 2))
-
-
-def _misshapen(rig: Rig, guest: Guest) -> None:
-    answered(
-        guest, lambda number: b'{"id": %d, "ok": {"hex": ["../../../../tmp/owned"]}}\n' % number
-    )
 
 
 def _escapes(rig: Rig, guest: Guest) -> None:
@@ -308,10 +300,8 @@ def _flood(rig: Rig, guest: Guest) -> None:
 Act = Callable[[Rig, Guest], None]
 HOSTILE: dict[str, tuple[Act, int, str]] = {
     "garbage": (_garbage, 4, "g1: what the agent says is no answer: "),
-    "endless": (_endless, 4, "g1: what the agent says is no answer: a line of more than"),
-    "misshapen": (_misshapen, 4, "g1: nonce: what the agent says is no answer: ok.hex must be"),
     "escapes": (_escapes, 1, "g1: nonce: \\x1b[2J<script>\\u202e"),
-    "flood": (_flood, 5, "g1: flood: more than 16 KiB"),
+    "flood": (_flood, 5, "g1: flood: more than 4 KiB"),
 }
 
 
@@ -328,16 +318,14 @@ def test_a_hostile_guest_ends_as_a_verdict(
 
     row = Row("hostile", name, "be hostile", lambda *_: None)
     monkeypatch.setitem(scenarios.SCENARIOS, "hostile", Scenario(lambda _: [row], run))
-    # Gigabytes take a guest under TCG hours: limits that it can reach.
-    monkeypatch.setattr(logfile, "LIMIT", 16 << 10)
-    monkeypatch.setattr(client, "LONGEST", 64 << 10)
+    # Gigabytes take a guest under TCG hours: a limit that it can reach.
+    monkeypatch.setattr(logfile, "LIMIT", 4 << 10)
     folder = tmp_path / "report"
     report = session.run(Options(scenario="hostile", report=folder), QUIET)
     said = report.error["message"] if report.error else report.checks[0].answered
     assert (report.exit_code, said[: len(message)]) == (code, message), report.document()
     # Disk: nothing outside the folder, every file bounded.
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
-    assert not Path("/tmp/owned").exists()
     for path in folder.iterdir():
         most = 1 << 20 if path.name.startswith("report.") else 100 << 10
         assert path.stat().st_size < most, path
