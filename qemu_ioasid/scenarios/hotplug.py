@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from qemu_ioasid import guestvm
 from qemu_ioasid.config import RigConfig
@@ -67,15 +67,6 @@ class Hotplug(Acts):
         audit = self.registrar.audit()
         trial.require(audit["agrees"], f"ledger and kernel differ: {audit}")
 
-    @contextlib.contextmanager
-    def _without(self, device: str) -> Iterator[None]:
-        """*device* is unplugged meanwhile."""
-        self.rig.unplug(device)
-        try:
-            yield
-        finally:
-            self.rig.plug(device)
-
     def _works(self, trial: Trial, device: str, before: Binding) -> None:
         """Require *device*, plugged in again, to begin with nothing, and to do what it is given."""
         guest = self.owner[device]
@@ -86,21 +77,14 @@ class Hotplug(Acts):
         self.moves(trial, guest, device, again.pasid, again.iova, again.offset)
         self.rig.unbind(again)
 
-    @_UNPLUGGED("unplugged-{a}", "unplug {a} with a PASID in its list, plug it in, name that PASID")
-    def _unplugged_a(self, trial: Trial) -> None:
-        self._unplugged(trial, self.a)
-
     @_UNPLUGGED("unplugged-{c}", "unplug {c} with a PASID in its list, plug it in, name that PASID")
-    def _unplugged_c(self, trial: Trial) -> None:
-        self._unplugged(trial, self.c)
-
-    def _unplugged(self, trial: Trial, device: str) -> None:
-        guest = self.owner[device]
-        held = self.bind(guest, device)
-        self.moves(trial, guest, device, held.pasid, held.iova, held.offset)
-        with self._without(device):
-            self._forgotten(trial, device, held.pasid)
-        self._works(trial, device, held)
+    def _unplugged(self, trial: Trial) -> None:
+        held = self.bind(self.g2, self.c)
+        self.moves(trial, self.g2, self.c, held.pasid, held.iova, held.offset)
+        self.rig.unplug(self.c)
+        self._forgotten(trial, self.c, held.pasid)
+        self.rig.plug(self.c)
+        self._works(trial, self.c, held)
 
     @_UNPLUGGED("asked-{a}", "ask {g1} for {a}, which it has in use, and let {g1} have its way")
     def _asked(self, trial: Trial) -> None:
@@ -113,29 +97,23 @@ class Hotplug(Acts):
         self.rig.plug(self.a)
         self._works(trial, self.a, held)
 
-    @_UNPLUGGED("ejected-{a}", "{g1} turns {a}'s slot off, unasked")
-    def _ejected(self, trial: Trial) -> None:
-        held = self.bind(self.g1, self.a)
-        self._let_go(self.g1, self.a)
-        self._forgotten(trial, self.a, held.pasid)
-        self.rig.plug(self.a)
-        self._works(trial, self.a, held)
-
     def _let_go(self, guest: Guest, device: str) -> None:
         bdf = device_address(guest.mdevs.index(device))
         guest.agent.call("device_eject", name=device, bdf=bdf)
         guestvm.unplugged(self.rig.host, guest.name, device)
 
     @_UNPLUGGED(
-        "passed-on", "unplug {a}, give its PASID to {c} of {g2}, plug {a} in, name it there"
+        "passed-on", "{g1} turns {a}'s slot off, unasked; {c} of {g2} gets its PASID; {a} names it"
     )
     def _passed_on(self, trial: Trial) -> None:
         held = self.bind(self.g1, self.a)
-        with self._without(self.a):
-            self.registrar.free(held.pasid)
-            theirs = self.bind(self.g2, self.c, held.pasid)
-            trial.answer(f"register PASID {held.pasid} for {self.c}: 0")
-            self.moves(trial, self.g2, self.c, theirs.pasid, theirs.iova, theirs.offset)
+        self._let_go(self.g1, self.a)
+        self._forgotten(trial, self.a, held.pasid)
+        self.registrar.free(held.pasid)
+        theirs = self.bind(self.g2, self.c, held.pasid)
+        trial.answer(f"register PASID {held.pasid} for {self.c}: 0")
+        self.moves(trial, self.g2, self.c, theirs.pasid, theirs.iova, theirs.offset)
+        self.rig.plug(self.a)
         self.refused(trial, self.g1, self.a, held.pasid, held.iova)
         self.rig.unbind(theirs)
 
