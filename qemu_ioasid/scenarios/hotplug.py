@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from qemu_ioasid import guestvm
 from qemu_ioasid.config import RigConfig
@@ -67,6 +67,14 @@ class Hotplug(Acts):
         audit = self.registrar.audit()
         trial.require(audit["agrees"], f"ledger and kernel differ: {audit}")
 
+    @contextlib.contextmanager
+    def _back_afterwards(self, device: str) -> Iterator[None]:
+        """*device*, which its guest lets go of in the block, is plugged in again, come what may."""
+        try:
+            yield
+        finally:
+            self.rig.plug(device)
+
     def _works(self, trial: Trial, device: str, before: Binding) -> None:
         """Require *device*, plugged in again, to begin with nothing, and to do what it is given."""
         guest = self.owner[device]
@@ -81,9 +89,9 @@ class Hotplug(Acts):
     def _unplugged(self, trial: Trial) -> None:
         held = self.bind(self.g2, self.c)
         self.moves(trial, self.g2, self.c, held.pasid, held.iova, held.offset)
-        self.rig.unplug(self.c)
-        self._forgotten(trial, self.c, held.pasid)
-        self.rig.plug(self.c)
+        with self._back_afterwards(self.c):
+            self.rig.unplug(self.c)
+            self._forgotten(trial, self.c, held.pasid)
         self._works(trial, self.c, held)
 
     @_UNPLUGGED("asked-{a}", "ask {g1} for {a}, which it has in use, and let {g1} have its way")
@@ -92,9 +100,9 @@ class Hotplug(Acts):
         held = self.bind(self.g1, self.a)
         self.rig.host.agent.call("guest_unplug", guest=self.g1.name, device=self.a)
         self.moves(trial, self.g1, self.a, held.pasid, held.iova, held.offset)
-        self._let_go(self.g1, self.a)
-        self._forgotten(trial, self.a, held.pasid)
-        self.rig.plug(self.a)
+        with self._back_afterwards(self.a):
+            self._let_go(self.g1, self.a)
+            self._forgotten(trial, self.a, held.pasid)
         self._works(trial, self.a, held)
 
     def _let_go(self, guest: Guest, device: str) -> None:
@@ -107,13 +115,13 @@ class Hotplug(Acts):
     )
     def _passed_on(self, trial: Trial) -> None:
         held = self.bind(self.g1, self.a)
-        self._let_go(self.g1, self.a)
-        self._forgotten(trial, self.a, held.pasid)
-        self.registrar.free(held.pasid)
-        theirs = self.bind(self.g2, self.c, held.pasid)
-        trial.answer(f"register PASID {held.pasid} for {self.c}: 0")
-        self.moves(trial, self.g2, self.c, theirs.pasid, theirs.iova, theirs.offset)
-        self.rig.plug(self.a)
+        with self._back_afterwards(self.a):
+            self._let_go(self.g1, self.a)
+            self._forgotten(trial, self.a, held.pasid)
+            self.registrar.free(held.pasid)
+            theirs = self.bind(self.g2, self.c, held.pasid)
+            trial.answer(f"register PASID {held.pasid} for {self.c}: 0")
+            self.moves(trial, self.g2, self.c, theirs.pasid, theirs.iova, theirs.offset)
         self.refused(trial, self.g1, self.a, held.pasid, held.iova)
         self.rig.unbind(theirs)
 
@@ -127,7 +135,7 @@ class Hotplug(Acts):
         handle = host.call(
             "slow_create", iommufd=self.g1.name, ioas=held.ioas, iova=slow, length=PAGE
         )["handle"]
-        with contextlib.ExitStack() as stack:
+        with self._back_afterwards(self.a), contextlib.ExitStack() as stack:
             # Whatever fails: a device left asleep would fail every check that follows.
             stack.callback(host.call, "slow_close", handle=handle)
             with self.witnesses.around(trial, reads=(held.iova, PAGE), writes=(slow, PAGE)):
@@ -140,7 +148,6 @@ class Hotplug(Acts):
                 trial.require(landed == source, "unplugged, with the write not whole")
                 attempt.answered, attempt.outcome = "DONE", "allowed"
                 trial.saw("the write was whole when the device was gone")
-        self.rig.plug(self.a)
         self._works(trial, self.a, held)
 
     def _unplugged_under(self, trial: Trial, handle: int) -> None:
