@@ -36,6 +36,7 @@ def test_a_storm_in_short(command: Command) -> None:
     checks = {check["name"]: check for check in ended.json()["checks"]}
     assert list(checks) == [
         "storm",
+        "storm-reset",
         *(f"{what}-{device}" for device in "abc" for what in ("works", "unregistered")),
         *("audit", "latency", "storm-file", "cap"),
     ]

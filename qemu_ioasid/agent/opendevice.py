@@ -213,11 +213,13 @@ class OwnDevices:
         seconds: float,
         operations: int | None = None,
         rings: bool = False,
+        judged: bool = True,
     ) -> Json:
         """Does to a device what a hostile owner would."""
         from qemu_ioasid.agent.storm import Storm, Target
 
-        storm = Storm(self.get(name), seed, [Target(**each) for each in targets], seconds, rings)
+        known = [Target(**each) for each in targets]
+        storm = Storm(self.get(name), seed, known, seconds, rings=rings, judged=judged)
         with self._lock:
             self._storms[name] = storm
         try:

@@ -75,7 +75,15 @@ class Raw:
         self._files: dict[str, VfioDevice] = {}
         # fault.c gives a file for each fault queue
         self._queues: list[int] = []
-        names = ("raw_attach", "raw_detach", "raw_bind", "file_open", "file_keep", "file_close")
+        names = (
+            "raw_attach",
+            "raw_detach",
+            "raw_bind",
+            "raw_reset",
+            "file_open",
+            "file_keep",
+            "file_close",
+        )
         more = ("file_submit", "iommufd_close", "hwpt_alloc", "fault_queue_alloc", "wait_worker")
         self.operations: Mapping[str, Callable[..., Any]] = {
             name: getattr(self, name) for name in (*names, *more)
@@ -177,6 +185,10 @@ class Raw:
         implied = 0 if pasid is None else uapi.VFIO_DEVICE_DETACH_PASID
         argument.flags = implied if flags is None else flags
         self.device(device).descriptor.ioctl(uapi.VFIO_DEVICE_DETACH_IOMMUFD_PT, argument)
+
+    def raw_reset(self, device: str) -> None:
+        """A reset, whoever uses the device and does not know of it."""
+        self.device(device).reset()
 
     def hwpt_alloc(self, iommufd: str, devid: int, ioas: int, flags: int = 0) -> Json:
         """A page table of an IOAS, for a physical device that is bound."""

@@ -37,6 +37,8 @@ SAMPLES, BYTES = 15, ROOM // 2
 OPERATION_SECONDS = 0.004
 #: For a ring full of work, likewise.
 RING_SECONDS = 60.0
+#: Between two resets under a storm, in seconds.
+RESET_PAUSE = 0.05
 #: The cap that the list is tried with.
 CAP = 8
 _MODULE = "vfio_pdma"
@@ -91,7 +93,7 @@ class Hostile(Acts):
                 self._room[device] = self.rig.bind(guest, device, offset, length)
         return self._room
 
-    def _start(self, device: str, operations: int | None) -> Pending:
+    def _start(self, device: str, operations: int | None, *, judged: bool = True) -> Pending:
         """A storm on *device*, which knows its own PASID, its sibling's and the other guest's.
 
         *operations* None: the longest copies, until it is told to stop.
@@ -109,31 +111,38 @@ class Hostile(Acts):
             targets=targets,
             seconds=RING_SECONDS * calibration(),
             rings=True,
+            judged=judged,
         )
 
-    def _deadline(self, operations: int) -> Deadline:
-        return Deadline(90 + operations * OPERATION_SECONDS, f"end of {operations} operations")
+    def _deadline(self) -> Deadline:
+        seconds = 90 + self.operations * OPERATION_SECONDS
+        return Deadline(seconds, f"end of {self.operations} operations")
 
     @_STORM("storm", "{g1} does anything at all to {a} and {b}, which it has one PASID each for")
     def _storm(self, trial: Trial) -> None:
         """Its own memory changes where the PASIDs reach, and no other byte of anybody does."""
-        host = self.rig.host.agent
-        self._given()
-        host.call("news")
-        # A trace of every access would lose some.
-        host.call("trace_stop")
-        each = self.operations // 2
-        for device in (self.a, self.b):
-            self.g1.agent.call("irq_start", name=device)
+        # Interrupts cost a guest more than all the rest: one device in ten acts raises them.
+        shares = {self.a: self.operations - self.operations // 10, self.b: self.operations // 10}
+        self.g1.agent.call("irq_start", name=self.b)
         with self._watched(trial):
-            under_way = [self._start(device, each) for device in (self.a, self.b)]
-            for device, pending in zip((self.a, self.b), under_way, strict=True):
-                made = pending.result(self._deadline(self.operations))
-                self._made(trial, device, made, each)
-        for device in (self.a, self.b):
-            self.g1.agent.call("irq_stop", name=device)
-        host.call("trace_start")
-        self._silent(trial)
+            under_way = {device: self._start(device, share) for device, share in shares.items()}
+            for device, pending in under_way.items():
+                self._made(trial, device, pending.result(self._deadline()), shares[device])
+        self.g1.agent.call("irq_stop", name=self.b)
+
+    @_STORM("storm-reset", "{g1} does anything at all to {a}, which its VMM resets over and over")
+    def _storm_reset(self, trial: Trial) -> None:
+        """As a guest's reboots do; it has no other way to reset the device."""
+        due, resets = self.operations // 10, 0
+        with self._watched(trial):
+            pending, deadline = self._start(self.a, due, judged=False), self._deadline()
+            while not pending.ends_within(RESET_PAUSE):
+                deadline.remaining()
+                self.rig.host.agent.call("raw_reset", device=self.a)
+                resets += 1
+            self._made(trial, self.a, pending.result(deadline), due)
+        trial.answer(f"{resets} resets meanwhile")
+        trial.require(resets > 0, "the storm was over before the first reset")
 
     def _made(self, trial: Trial, device: str, made: dict[str, Any], due: int) -> None:
         """Tell what a storm did, and require it to have been one."""
@@ -157,13 +166,20 @@ class Hostile(Acts):
     def _watched(self, trial: Trial) -> Iterator[None]:
         """Require what the block does to change the first guest's room, and no other byte."""
         host, guests = self.rig.host.agent, (self.g1, self.g2)
+        self._given()
         self.witnesses.stale()
+        host.call("news")
+        # A trace of every access would lose some.
+        host.call("trace_stop")
         for guest in guests:
             nonce = guest.agent.call("watch")["nonce"]
             seen = host.call("watch", guest=guest.name, gpa=guest.gpa, length=guest.size)
             if seen["nonce"] != nonce:
                 raise InfrastructureError(f"{guest.name}: its nonce is not in its RAM file")
-        yield
+        try:
+            yield
+        finally:
+            host.call("trace_start")
         for guest in guests:
             room = guest.size - (ROOM if guest is self.g1 else 0)
             for view, found in (
@@ -174,6 +190,7 @@ class Hostile(Acts):
                 stray = [f"+{at:#x}, {length} bytes" for at, length in spans if at < room]
                 trial.require(not stray, f"LEAK: {guest.name} from {view}: {stray[:4]} changed")
                 trial.saw(f"{guest.name} from {view}: {len(spans)} changes, each in its room")
+        self._silent(trial)
 
     @_AFTER("works-{device}", "{device} of {guest} copies with a PASID of its own")
     def _works(self, trial: Trial, device: str) -> None:
@@ -207,7 +224,7 @@ class Hostile(Acts):
             early = [each for each in under_way if each.ends_within(0)]
             for device in devices:
                 self.g1.agent.call("storm_stop", name=device)
-        copied = [each.result(self._deadline(0))["descriptors"] for each in under_way]
+        copied = [each.result(self._deadline())["descriptors"] for each in under_way]
         times = stormy / quiet
         trial.answer(
             f"median of {SAMPLES} copies of {BYTES} bytes: {quiet * 1e3:.1f} ms alone, "
@@ -286,7 +303,7 @@ class Hostile(Acts):
                 ],
                 seconds=RING_SECONDS * calibration(),
                 rings=rings,
-                deadline=self._deadline(self.operations),
+                deadline=self._deadline(),
             )
             self._made(trial, self.a, made, self.operations // 2)
         after = host.call("slow_read", handle=kept, offset=0, length=ROOM // 2)
