@@ -12,6 +12,7 @@ import threading
 
 from qemu_ioasid.agent.deadline import wait_for
 from qemu_ioasid.agent.libc import address_of
+from qemu_ioasid.agent.raw import ioctl_on_readonly
 from qemu_ioasid.agent.uapi import iommufd as uapi
 
 TYPE_CHECKING = False
@@ -42,6 +43,17 @@ def _waits(pid: int, pidfd: int) -> bool | None:
         return False
 
 
+def _mapping(ioas: int, address: int, iova: int) -> uapi.iommu_ioas_map:
+    return uapi.iommu_ioas_map(
+        size=ctypes.sizeof(uapi.iommu_ioas_map),
+        flags=uapi.IOMMU_IOAS_MAP_READABLE | uapi.IOMMU_IOAS_MAP_FIXED_IOVA,
+        ioas_id=ioas,
+        user_va=address,
+        length=mmap.PAGESIZE,
+        iova=iova,
+    )
+
+
 class Findings:
     """Operations, on the host's iommufds and guests, found by their names."""
 
@@ -51,6 +63,7 @@ class Findings:
         self.operations: Mapping[str, Callable[..., Any]] = {
             "guest_wait": self.guest_wait,
             "map_killed": self.map_killed,
+            "map_unreported": self.map_unreported,
         }
 
     def guest_wait(self, name: str, seconds: float) -> Json:
@@ -64,19 +77,9 @@ class Findings:
 
         Whether it had to wait, and whether it ended within seconds of that.
         """
-        flags = uapi.IOMMU_IOAS_MAP_READABLE | uapi.IOMMU_IOAS_MAP_FIXED_IOVA
         memory = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with memory, self._iommufd(iommufd).descriptor.borrowed() as fd:
-            argument = bytearray(
-                uapi.iommu_ioas_map(
-                    size=ctypes.sizeof(uapi.iommu_ioas_map),
-                    flags=flags,
-                    ioas_id=ioas,
-                    user_va=address_of(memory),
-                    length=mmap.PAGESIZE,
-                    iova=iova,
-                )
-            )
+            argument = bytearray(_mapping(ioas, address_of(memory), iova))
             pid = os.fork()
             if not pid:
                 try:
@@ -92,3 +95,9 @@ class Findings:
             return {"waits": waits, "ended": _ended(pidfd, seconds)}
         finally:
             os.close(pidfd)
+
+    def map_unreported(self, iommufd: str, ioas: int, iova: int) -> None:
+        """Maps a page, with the ioctl's struct in memory that may only be read. OSError EFAULT."""
+        with mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            record = _mapping(ioas, address_of(memory), iova)
+            ioctl_on_readonly(self._iommufd(iommufd).descriptor, uapi.IOMMU_IOAS_MAP, record)

@@ -18,7 +18,13 @@ from typing import NamedTuple
 from qemu_ioasid import config, guestvm, vtd
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.deadline import Deadline, calibration
-from qemu_ioasid.errors import CallFailed, ConnectionLost, DeadlineExceeded, InfrastructureError
+from qemu_ioasid.errors import (
+    CallFailed,
+    ConnectionLost,
+    DeadlineExceeded,
+    InfrastructureError,
+    RigError,
+)
 from qemu_ioasid.guestvm import Place
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Completion, Guest, Rig, copy
@@ -197,6 +203,42 @@ def _unkillable_map(rig: Rig, trial: Trial) -> bool:
     return held == (True, False)
 
 
+def _map_copy_out(rig: Rig, trial: Trial) -> bool:
+    """iommufd_ioas_map() leaves what it mapped when it cannot say where."""
+    host = rig.host.agent
+    opened = host.call("device_open", name="a")
+    space = {"iommufd": opened["iommufd"], "ioas": opened["ioas"], "iova": OWN_IOVA}
+    answer = _errno(functools.partial(host.call, "map_unreported", **space))
+    left = _errno(functools.partial(host.call, "ioas_unmap", **space, length=PAGE))
+    host.call("device_close", name="a")
+    trial.answer(f"map whose answer cannot be written: {answer}, unmap then: {left}")
+    trial.require(answer == "EFAULT", "the map must answer EFAULT")
+    trial.require(left in ("0", "ENOENT"), "the unmap must find it or not")
+    return left == "0"
+
+
+#: How often a device is taken out and put in; without the patch a guest has not outlived one.
+_PLUGS = 5
+
+
+def _stale_event(rig: Rig, trial: Trial) -> bool:
+    """svm_check_emulate_instruction() heeds the type of an event that is not valid."""
+    guest = rig.guests["g1"]
+    for number in range(1, _PLUGS + 1):
+        try:
+            rig.unplug("a")
+            rig.plug("a")
+            guest.agent.call("nonce", deadline=Deadline(20, "any answer of the guest"))
+        except RigError:
+            said = rig.host.agent.call("guest_status", name="g1")["stderr"]
+            wrong = [line for line in said.splitlines() if "KVM internal error" in line]
+            trial.answer(f"unplugged and plugged in {number} times at most: {wrong}")
+            trial.require(bool(wrong), "the guest is gone, and KVM says nothing of it")
+            return True
+    trial.answer(f"unplugged and plugged in {_PLUGS} times, it answers")
+    return False
+
+
 # QEMU
 
 
@@ -351,6 +393,20 @@ FINDINGS = (
         "Linux",
         "kill a process that maps memory while an access sleeps in the same address space",
         _unkillable_map,
+    ),
+    Finding(
+        "map-copy-out",
+        "Linux",
+        "map memory with the ioctl's struct in memory that the kernel cannot write",
+        _map_copy_out,
+    ),
+    Finding(
+        "kvm-stale-event",
+        "Linux",
+        "unplug a guest's device and plug it in again, nested in TCG",
+        _stale_event,
+        rig=GUEST,
+        fix="*-KVM-SVM-only-a-valid-EXITINTINFO-*.patch",
     ),
     Finding(
         "vfio-fd-without-id",
