@@ -145,6 +145,21 @@ def test_what_is_found_is_made_small() -> None:
     assert len(small) <= 9, list(map(program.line, small))
 
 
+def test_what_differs_once_and_not_again_is_found() -> None:
+    """A kernel that keeps what it must not begins the same program with something else."""
+    pytest.importorskip("hypothesis")
+    from qemu_ioasid.model import machine
+
+    played: list[int] = []
+
+    def play(steps: list[Step]) -> bool:
+        played.append(len(steps))
+        return len(played) != 2
+
+    machine.search(play, 1, 1000)
+    assert len(played) == 3
+
+
 def test_without_hypothesis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RequirementError, match=r"qemu_ioasid\[model\]"):
