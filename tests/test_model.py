@@ -147,7 +147,6 @@ def test_what_is_found_is_made_small() -> None:
 
 def test_what_differs_once_and_not_again_is_found() -> None:
     """A kernel that keeps what it must not begins the same program with something else."""
-    pytest.importorskip("hypothesis")
     from qemu_ioasid.model import machine
 
     played: list[int] = []
