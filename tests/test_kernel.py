@@ -285,6 +285,30 @@ def test_the_shipped_options_can_all_be_set(
     make.Build(src, tmp_path, 2).configure(options.read(fragments), Deadline(60, "config"))
 
 
+def test_what_is_configured_already(tmp_path: Path) -> None:
+    """It costs as much as compiling a driver, and is done again when anything it reads changed."""
+    src, fragments = tmp_path / "src", tmp_path / "fragments"
+    for folder in (src, fragments, tmp_path / "out/include/config"):
+        folder.mkdir(parents=True)
+    (src / "Kconfig").touch()
+    (src / "Makefile").write_text(
+        "allnoconfig:\n\tcp $(KCONFIG_ALLCONFIG) $(O)/.config; echo >>$(O)/times\n"
+    )
+    built = make.Build(src, tmp_path / "out", 2)
+
+    def times(text: str) -> int:
+        (fragments / "x.config").write_text(text)
+        built.configure(options.read([fragments / "x.config"]), Deadline(60, "config"))
+        return len((tmp_path / "out/times").read_text().splitlines())
+
+    assert [times("CONFIG_A=y\n"), times("CONFIG_A=y\n")] == [1, 2], "nothing says what it reads"
+    (tmp_path / "out/include/config/auto.conf.cmd").write_text("deps_config := \\\n\tKconfig \\\n")
+    assert [times("CONFIG_A=y\n"), times("CONFIG_A=y\n")] == [2, 2]
+    assert [times("CONFIG_A=m\n"), times("CONFIG_A=m\n")] == [3, 3]
+    (src / "Kconfig").touch()
+    assert times("CONFIG_A=m\n") == 4
+
+
 def test_the_real_kernel(built_kernel: kernel.Kernel) -> None:
     assert built_kernel.vmlinux.read_bytes()[:4] == b"\x7fELF"
     assert "CONFIG_IOMMUFD=y" in built_kernel.config.read_text()

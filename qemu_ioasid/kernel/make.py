@@ -88,10 +88,26 @@ class Build:
         Raises ConfigurationError naming each option that did not come out as asked.
         """
         (self.out / "build.log").unlink(missing_ok=True)
-        wanted = self.out / "asked.config"
-        wanted.write_text("".join(f"{option.name}={option.value}\n" for option in asked))
-        self._make([f"KCONFIG_ALLCONFIG={wanted}", "allnoconfig"], deadline)
+        wanted, made = self.out / "asked.config", self.out / "configured"
+        text = "".join(f"{option.name}={option.value}\n" for option in asked)
+        if not self._configured(made, text):
+            made.unlink(missing_ok=True)
+            wanted.write_text(text)
+            self._make([f"KCONFIG_ALLCONFIG={wanted}", "allnoconfig"], deadline)
+            made.write_text(text)
         options.check(asked, (self.out / ".config").read_text())
+
+    def _configured(self, made: Path, text: str) -> bool:
+        """Whether *made* tells of this *text*, and no file that Kconfig read has changed since."""
+        try:
+            since = made.stat().st_mtime_ns
+            told = (self.out / "include/config/auto.conf.cmd").read_text()
+            read = re.findall(r"^\t(\S*Kconfig\S*)", told, re.MULTILINE)
+            return made.read_text() == text and all(
+                (self.src / name).stat().st_mtime_ns < since for name in read
+            )
+        except OSError:
+            return False
 
     def compile(self, deadline: Deadline, progress: Progress) -> None:
         """vmlinux, the modules where the config has any, and the user-space headers.
