@@ -90,6 +90,7 @@ class Host:
             "device_reset": self._own.reset,
             "device_doorbell": self._own.doorbell,
             "device_registers": self._own.registers,
+            "device_read": self._own.read,
         }
         self.operations: Mapping[str, Callable[..., Any]] = {
             **with_several(operations),

@@ -187,6 +187,11 @@ class OwnDevices:
         opened, batch = self._ticket(ticket)
         opened.ring.rewrite(batch, index, Descriptor(**descriptor))
 
+    def read(self, name: str, region: int, offset: int, length: int) -> Json:
+        """One read of a region, wherever that lies."""
+        device = self.get(name).device
+        return {"hex": device.read(device.region(region), offset, length).hex()}
+
     def doorbell(self, name: str, tail: int) -> Json:
         """Writes TAIL as it is, past all counting; the registers after that."""
         ring = self.get(name).ring

@@ -53,6 +53,7 @@ class Stage(NamedTuple):
 #: The cheapest first.
 SUITE = (
     Stage("model", ("--steps", "2500", "--seed", "1")),
+    Stage("flight"),
     Stage("stress", ("--seconds", "15", "--seed", "1")),
     Stage("attacks"),
     Stage("isolation"),
