@@ -99,6 +99,16 @@ def test_what_decides() -> None:
     assert mutants.exit_code([unclear, survived, killed]) == 4
 
 
+def test_what_killed_it_the_last_time_is_tried_first() -> None:
+    suite = list(mutants.SUITE)
+    assert mutants.first(suite, "") == suite
+    assert mutants.first(suite, "nonesuch: x") == suite
+    one, *others = mutants.first(suite, "isolation: intra-vm")
+    assert (one.name, one.check, others) == ("isolation", "intra-vm", suite)
+    one, *others = mutants.first(suite, "stress-debug: host: BUG: KASAN: slab-use-after-free")
+    assert one == suite[-1] and others == suite[:-1]
+
+
 def test_what_kills() -> None:
     """A failed check, or what a kernel reported; never a rig that failed, nor a slow machine."""
     none: dict[str, Any] = {"checks": [], "error": None}

@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from qemu_ioasid import process
+from qemu_ioasid import config, process, scenarios
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, KernelBroke
 from qemu_ioasid.kernel.mutant import Mutant
 from qemu_ioasid.process import Child
 from qemu_ioasid.session import Output
-from qemu_ioasid.text import cut, visible
+from qemu_ioasid.text import visible
 
 #: For one scenario, its kernel's build and its rig's boot, in seconds of the reference machine.
 STAGE_SECONDS = 900.0
@@ -43,6 +43,8 @@ class Stage(NamedTuple):
     scenario: str
     words: tuple[str, ...] = ()
     profile: str = "default"
+    #: This check of it, alone.
+    check: str = ""
 
     @property
     def name(self) -> str:
@@ -73,6 +75,20 @@ def suite(names: Sequence[str]) -> tuple[Stage, ...]:
         if name not in known:
             raise ConfigurationError(f"stage {name}: the suite has {', '.join(known)}")
     return tuple(stage for stage in SUITE if stage.name in names or not names)
+
+
+def first(stages: Sequence[Stage], killer: str) -> list[Stage]:
+    """*stages*, and before them the check alone that killed a mutant the last time, by `Result.by`.
+
+    Where that is no check (a kernel has reported something), its stage comes first.
+    """
+    name, _, check = killer.partition(": ")
+    found = [stage for stage in stages if stage.name == name]
+    for stage in found:
+        scenario = scenarios.find(stage.scenario)
+        if check in {row.name for row in scenario.rows(config.load(scenario.rig))}:
+            return [stage._replace(check=check), *stages]
+    return [*found, *(stage for stage in stages if stage not in found)]
 
 
 @dataclass
@@ -122,6 +138,14 @@ class _Trial:
         """End the run under way."""
         self._stack.close()
 
+    @property
+    def _place(self) -> Path:
+        return self._folder / " ".join(filter(None, [self._stage.name, self._stage.check]))
+
+    @property
+    def _log(self) -> Path:
+        return self._place.with_name(f"{self._place.name}.log")
+
     def late(self) -> bool:
         """Whether the run under way has had all the time it may have."""
         return self._deadline.elapsed() > self._deadline.seconds
@@ -133,10 +157,11 @@ class _Trial:
         argv = [sys.executable, "-m", "qemu_ioasid.cli", "run", self._stage.scenario]
         argv += ["--cold", "--first", "--mutant", str(self._patch)]
         argv += ["--profile", self._stage.profile, *self._stage.words, *self._words]
-        argv += ["--report", str(self._folder / self._stage.name)]
+        argv += ["--check", self._stage.check] if self._stage.check else []
+        argv += ["--report", str(self._place)]
         self._began = time.monotonic()
         self._deadline = Deadline(STAGE_SECONDS, f"end of {self._stage.name}")
-        with open(self._folder / f"{self._stage.name}.log", "wb") as log:
+        with open(self._log, "wb") as log:
             self._child = self._stack.enter_context(
                 process.spawn(argv, stdout=log, stderr=subprocess.STDOUT, grace=GRACE_SECONDS)
             )
@@ -151,8 +176,7 @@ class _Trial:
         self.close()
         report: dict[str, Any] = {"phases": [], "checks": [], "error": None}
         with contextlib.suppress(OSError, ValueError):
-            text = (self._folder / self._stage.name / "report.json").read_text()
-            report = json.loads(text)
+            report = json.loads((self._place / "report.json").read_text())
         built = sum(each["seconds"] for each in report["phases"] if each["name"] == "kernel")
         self.result.build_seconds += built
         self.result.seconds += time.monotonic() - self._began - built
@@ -160,7 +184,7 @@ class _Trial:
         if code is None:
             code, why = 4, self._deadline.exceeded().message
         killed = kills(code, report)
-        if code:
+        if code and not (self._stage.check and not killed):
             self.result.verdict = "killed" if killed else "unclear"
             self.result.by = f"{self._stage.name}: {why}"
             # An exit code of a Python that broke, or of a signal, is a failure of ours.
@@ -173,9 +197,8 @@ class _Trial:
         if failed:
             return str(failed[0])
         if report["error"]:
-            return cut(visible(report["error"]["message"]), 80)
-        log = self._folder / f"{self._stage.name}.log"
-        return cut(visible(log.read_text(errors="replace").strip().rpartition("\n")[2]), 200)
+            return visible(report["error"]["message"])[:80].strip()
+        return visible(self._log.read_text(errors="replace").strip().rpartition("\n")[2])[:200]
 
 
 def kills(code: int, report: dict[str, Any]) -> bool:
@@ -200,16 +223,11 @@ def run(
 ) -> list[Result]:
     """Try *mutants*, *jobs* at a time; each ends at the first run that kills it.
 
-    *words* are added to each ``qemu-ioasid run``; their reports are in *folder*. The scenario that
-    is *known* to kill a mutant, by its name, is tried on it first.
+    *words* are added to each ``qemu-ioasid run``; their reports are in *folder*. What is *known*
+    to have killed a mutant, by its name, is tried `first` on it.
     """
     waiting = deque(
-        _Trial(
-            mutant,
-            sorted(stages, key=lambda stage: stage.name != known.get(mutant.name)),
-            words,
-            folder,
-        )
+        _Trial(mutant, first(stages, known.get(mutant.name, "")), words, folder)
         for mutant in mutants
     )
     running: dict[int, _Trial] = {}

@@ -23,9 +23,9 @@ def rows(text: str) -> dict[str, tuple[str, str, float]]:
 
 
 def killers() -> dict[str, str]:
-    """The scenario that killed each mutant, by name; none where there is no table."""
+    """What killed each mutant, by name; none where there is no table."""
     with contextlib.suppress(OSError):
-        return {name: by.partition(":")[0] for name, (_, by, _) in rows(TABLE.read_text()).items()}
+        return {name: by for name, (_, by, _) in rows(TABLE.read_text()).items()}
     return {}
 
 

@@ -136,6 +136,11 @@ class Flight:
         """Return when an access sleeps in the memory of *handle*."""
         self.host.call("slow_wait", handle=handle, seconds=20 * calibration())
 
+    def _blocked(self, space: Space) -> None:
+        """Return when the kernel's list says that work by a PASID is refused, or has to wait."""
+        seconds = SOON_SECONDS * calibration()
+        self.host.call("wait_blocked", device=self.device, pasid=space.pasid, seconds=seconds)
+
     def _completions(self, trial: Trial, ticket: int, *expected: str) -> None:
         """Require the work of *ticket* to end so."""
         found = self.host.call("device_submit_wait", ticket=ticket, seconds=20 * calibration())
@@ -181,9 +186,7 @@ class Flight:
             {"op": "device_registers", "args": {"name": self.device}},
         ]
         leaving = self.host.start("several", calls=calls)
-        self.host.call(
-            "wait_blocked", device=self.device, pasid=space.pasid, seconds=20 * calibration()
-        )
+        self._blocked(space)
         _, registers = self._waits(trial, leaving, "detach", space.slow)
         trial.require(registers["HEAD"] >= 1, "detach returned before the completion was stored")
         self._completions(trial, ticket, "DONE", "REFUSED")
@@ -201,9 +204,7 @@ class Flight:
         leaving = self.host.start(
             "holder_call", name="holder", what="detach", args={"pasid": one.pasid}
         )
-        self.host.call(
-            "wait_blocked", device=self.device, pasid=one.pasid, seconds=20 * calibration()
-        )
+        self._blocked(one)
         trial.require(not leaving.ends_within(EARLY_SECONDS), "detach returned with work in flight")
         self.host.call("holder_kill", name="holder")
         trial.answer("killed")
@@ -220,9 +221,7 @@ class Flight:
         ticket = self._submit(_fill(old.pasid, SLOW, CHUNK + PAGE), _fill(old.pasid, PLAIN + PAGE))
         self._asleep(old.slow)
         moving = self.host.start("replace", device=self.device, pasid=old.pasid, ioas=new.ioas)
-        self.host.call(
-            "wait_blocked", device=self.device, pasid=old.pasid, seconds=20 * calibration()
-        )
+        self._blocked(old)
         trial.require(self._state(old.pasid) == "paused", "the list does not say that work waits")
         self.host.call("file_open", name="joining", device=self.other)
         self.host.call("raw_bind", device="joining", iommufd=self.iommufd)
