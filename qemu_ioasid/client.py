@@ -31,6 +31,9 @@ from qemu_ioasid.logfile import LogFile
 from qemu_ioasid.shape import misfit
 from qemu_ioasid.text import cut, lines, visible
 
+#: An operation and its arguments.
+Call = tuple[str, dict[str, Any]]
+
 #: How an agent's first line begins.
 _BEGIN = b'{"event": "ready"'
 #: The longest line that an agent may say, in bytes: most of it is memory that was read, in hex.
@@ -70,7 +73,7 @@ class Pending:
 
     def __init__(self, agent: str, op: str) -> None:
         self._name = f"{agent}: {op}"
-        self._op = op
+        self.op = op
         self._done = threading.Event()
         self._answer: dict[str, Any] | None = None
         self._lost: InfrastructureError | None = None
@@ -98,7 +101,7 @@ class Pending:
             raise self._lost or ConnectionLost(f"{self._name}: the agent went away")
         error = self._answer.get("error")
         if error is None:
-            wrong = misfit(self._answer, {"ok": _ANSWERS.get(self._op, object)})
+            wrong = misfit(self._answer, {"ok": _ANSWERS.get(self.op, object)})
             if wrong:
                 raise AgentError(f"{self._name}: what the agent says is no answer: {wrong}")
             return self._answer["ok"]
@@ -166,14 +169,26 @@ class Agent:
 
     def call(self, op: str, /, *, deadline: Deadline | None = None, **args: Any) -> Any:
         """Run an operation and return its value; raises as `Pending.result`."""
-        deadline = deadline or Deadline(CALL_SECONDS, f"answer of {self.name} to {op}")
+        return self._answer(self.start(op, **args), deadline)
+
+    def _answer(self, pending: Pending, deadline: Deadline | None) -> Any:
+        deadline = deadline or Deadline(CALL_SECONDS, f"answer of {self.name} to {pending.op}")
         try:
-            return self.start(op, **args).result(deadline)
+            return pending.result(deadline)
         except DeadlineExceeded as error:
             # Each operation has a thread of its own: an agent that still answers is not to blame
             # for a call that does not return, the kernel is.
             self.start("hello").result(Deadline(10, f"any answer of {self.name}"))
             raise CallFailed(f"{self.name}: {error.message}", errno.ETIMEDOUT) from None
+
+    def start_several(self, *calls: Call) -> Pending:
+        """Begin operations that are done one after another; the first error is the answer."""
+        return self.start("several", calls=[{"op": op, "args": args} for op, args in calls])
+
+    def several(self, *calls: Call, deadline: Deadline | None = None) -> list[Any]:
+        """Answers to operations that are done one after another; raises as `call`."""
+        answers: list[Any] = self._answer(self.start_several(*calls), deadline)
+        return answers
 
     def wait_ready(self, deadline: Deadline) -> None:
         """Return when the agent has said that it runs."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import threading
 from contextlib import contextmanager
+
+from qemu_ioasid.agent.libc import address_of, protect
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,6 +47,11 @@ class Descriptor:
         """Opens path (close-on-exec). Raises OSError."""
         return cls(os.open(path, flags | os.O_CLOEXEC), name or path)
 
+    def duplicate(self, name: str = "") -> Descriptor:
+        """One more fd of the same file. Raises OSError."""
+        with self.borrowed() as fd:
+            return Descriptor(os.dup(fd), name or self.name)
+
     @contextmanager
     def borrowed(self) -> Iterator[int]:
         """The fd number, valid inside the block. Raises OSError EBADF once close() was called."""
@@ -67,6 +76,15 @@ class Descriptor:
         with self.borrowed() as fd:
             answer: int = fcntl.ioctl(fd, request, argument)
             return answer
+
+    def ioctl_on_readonly(self, request: int, record: Structure) -> None:
+        """ioctl(2) whose argument lies in memory that may only be read. Raises OSError."""
+        with mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+            page[: ctypes.sizeof(record)] = bytes(record)
+            protect(address_of(page), mmap.PAGESIZE, mmap.PROT_READ)
+            # Up to 1024 bytes fcntl passes a copy; this is more, and so it passes the page itself.
+            with self.borrowed() as fd, memoryview(page) as argument:
+                fcntl.ioctl(fd, request, argument)
 
     def ioctl_each(
         self, request: int, record: Structure, offset: int, values: Iterable[int]

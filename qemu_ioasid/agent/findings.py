@@ -12,7 +12,7 @@ import threading
 
 from qemu_ioasid.agent.deadline import wait_for
 from qemu_ioasid.agent.libc import address_of
-from qemu_ioasid.agent.raw import ioctl_on_readonly
+from qemu_ioasid.agent.procfs import task_state
 from qemu_ioasid.agent.uapi import iommufd as uapi
 
 TYPE_CHECKING = False
@@ -37,8 +37,7 @@ def _waits(pid: int, pidfd: int) -> bool | None:
     if _ended(pidfd, 0):
         return False
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return True if file.read().rpartition(")")[2].split()[0] == "D" else None
+        return True if task_state(f"/proc/{pid}") == "D" else None
     except (FileNotFoundError, ProcessLookupError):
         return False
 
@@ -100,4 +99,4 @@ class Findings:
         """Maps a page, with the ioctl's struct in memory that may only be read. OSError EFAULT."""
         with mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
             record = _mapping(ioas, address_of(memory), iova)
-            ioctl_on_readonly(self._iommufd(iommufd).descriptor, uapi.IOMMU_IOAS_MAP, record)
+            self._iommufd(iommufd).descriptor.ioctl_on_readonly(uapi.IOMMU_IOAS_MAP, record)

@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 
 from qemu_ioasid.agent.deadline import wait_for
 from qemu_ioasid.agent.descriptor import Descriptor
+from qemu_ioasid.agent.procfs import task_state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -317,8 +318,8 @@ class GuestVm:
         states = []
         for task in os.listdir(f"/proc/{self.pid}/task"):
             # a thread may end while this looks
-            with suppress(FileNotFoundError), open(f"/proc/{self.pid}/task/{task}/stat") as file:
-                states.append(file.read().rpartition(")")[2].split()[0])
+            with suppress(FileNotFoundError, ProcessLookupError):
+                states.append(task_state(f"/proc/{self.pid}/task/{task}"))
         return True if set(states) == {"T"} else None
 
     def thaw(self) -> None:

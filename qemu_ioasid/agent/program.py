@@ -7,7 +7,6 @@ whatever it answered, all memory is compared with what it was, and the kernel's 
 from __future__ import annotations
 
 import errno
-import fcntl
 import functools
 import hashlib
 import mmap
@@ -102,14 +101,6 @@ def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def read_only(data: bytes) -> mmap.mmap:
-    """Data at the start of a page that nobody may write."""
-    memory = mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory[: len(data)] = data
-    protect(address_of(memory), PAGE, mmap.PROT_READ)
-    return memory
-
-
 class Lists:
     """The kernel's table and lists, whose files stay open. A context manager."""
 
@@ -188,9 +179,9 @@ class Steps:
         """dup(2)"""
         found = self._slots.get(of)
         if isinstance(found, Iommufd):
-            return self._put(fd, Iommufd(_dup(found.descriptor)))
+            return self._put(fd, Iommufd(found.descriptor.duplicate()))
         device = self._device(of)
-        return self._put(fd, VfioDevice(_dup(device.descriptor), device.cdev))
+        return self._put(fd, VfioDevice(device.descriptor.duplicate(), device.cdev))
 
     def mmap(self, fd: str, of: str) -> list[int]:
         """mmap(2) of BAR2, which keeps the file"""
@@ -256,9 +247,8 @@ class Steps:
         argument = vfio.vfio_device_attach_iommufd_pt(
             argsz=16, flags=vfio.VFIO_DEVICE_ATTACH_PASID, pt_id=pt_id, pasid=pasid
         )
-        with self._device(fd).descriptor.borrowed() as number:
-            # A buffer as large is passed as it is; a smaller one would be copied, there and back
-            fcntl.ioctl(number, vfio.VFIO_DEVICE_ATTACH_IOMMUFD_PT, read_only(bytes(argument)))
+        descriptor = self._device(fd).descriptor
+        descriptor.ioctl_on_readonly(vfio.VFIO_DEVICE_ATTACH_IOMMUFD_PT, argument)
         return []
 
     def detach_pasid(self, fd: str, pasid: int) -> list[int]:
@@ -339,11 +329,6 @@ def _logged(device: int, completion: pdma.pdma_completion) -> list[int | str]:
         return [count, "not this one's"]
     reason, access = int(record.reason), int(record.access)
     return [count, REASON.get(reason, reason), ACCESS.get(access, access)]
-
-
-def _dup(descriptor: Descriptor) -> Descriptor:
-    with descriptor.borrowed() as number:
-        return Descriptor(os.dup(number), descriptor.name)
 
 
 def name(number: int) -> str:

@@ -6,17 +6,15 @@ A "device" is the name of a file opened or kept here, or whatever else the host 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import threading
 from contextlib import ExitStack, suppress
 
 from qemu_ioasid.agent.deadline import wait_for
-from qemu_ioasid.agent.descriptor import Descriptor
 from qemu_ioasid.agent.iommufd import Iommufd
-from qemu_ioasid.agent.libc import address_of, protect
 from qemu_ioasid.agent.opendevice import completions
 from qemu_ioasid.agent.pdma import Ring
+from qemu_ioasid.agent.procfs import task_state
 from qemu_ioasid.agent.uapi import iommufd as iommufd_uapi
 from qemu_ioasid.agent.uapi import vfio as uapi
 from qemu_ioasid.agent.vfio import MDEV_DEVICES, VfioDevice
@@ -24,25 +22,9 @@ from qemu_ioasid.agent.vfio import MDEV_DEVICES, VfioDevice
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from ctypes import Structure
     from typing import Any
 
     Json = dict[str, Any]
-
-PAGE = 4096
-
-
-def ioctl_on_readonly(descriptor: Descriptor, request: int, record: Structure) -> None:
-    """ioctl(2) whose argument lies in memory that may only be read. Raises OSError."""
-    with mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
-        page[: ctypes.sizeof(record)] = bytes(record)
-        address = address_of(page)
-        protect(address, PAGE, mmap.PROT_READ)
-        # Up to 1024 bytes fcntl passes a copy; this is more, and so it passes the page itself.
-        with descriptor.borrowed() as fd, memoryview(page) as argument:
-            import fcntl
-
-            fcntl.ioctl(fd, request, argument)
 
 
 def _states(name: str) -> list[str]:
@@ -50,12 +32,10 @@ def _states(name: str) -> list[str]:
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         # A process may end while this looks.
-        with suppress(FileNotFoundError, ProcessLookupError):
-            with open(f"/proc/{pid}/comm") as file:
-                if file.read().strip() != name:
-                    continue
-            with open(f"/proc/{pid}/stat") as file:
-                found.append(file.read().rpartition(")")[2].split()[0])
+        ended = suppress(FileNotFoundError, ProcessLookupError)
+        with ended, open(f"/proc/{pid}/comm") as file:
+            if file.read().strip() == name:
+                found.append(task_state(f"/proc/{pid}"))
     return found
 
 
@@ -122,8 +102,7 @@ class Raw:
     def file_keep(self, name: str, device: str) -> None:
         """Keeps a duplicate of a device's file."""
         kept = self.device(device)
-        with kept.descriptor.borrowed() as fd:
-            duplicate = Descriptor(os.dup(fd), name)
+        duplicate = kept.descriptor.duplicate(name)
         self._enter(name, VfioDevice(duplicate, kept.cdev, kept.iommufd))
 
     def file_close(self, name: str) -> None:
@@ -167,7 +146,7 @@ class Raw:
         implied = 0 if pasid is None else uapi.VFIO_DEVICE_ATTACH_PASID
         argument.flags = implied if flags is None else flags
         if readonly:
-            ioctl_on_readonly(target, uapi.VFIO_DEVICE_ATTACH_IOMMUFD_PT, argument)
+            target.ioctl_on_readonly(uapi.VFIO_DEVICE_ATTACH_IOMMUFD_PT, argument)
         else:
             target.ioctl(uapi.VFIO_DEVICE_ATTACH_IOMMUFD_PT, argument)
         return {"pt_id": int(argument.pt_id)}

@@ -63,9 +63,7 @@ class Acts:
             self.rig.host.agent.call("trace_start")
         for phase, group in itertools.groupby(rows, lambda row: row.phase):
             with self.report.phase(phase):
-                for row in group:
-                    with self.checks.check(row.name, row.tried) as trial:
-                        row.act(self, trial, *row.arguments)
+                self.checks.make(list(group), self)
 
     def fill(self, guest: Guest) -> None:
         """Give every byte of *guest*'s arena a value that no copy has put there."""

@@ -6,12 +6,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from qemu_ioasid.console import Console
 from qemu_ioasid.errors import CallFailed, RigError
 from qemu_ioasid.report import Attempt, Check, Outcome, Report, Verdict
 from qemu_ioasid.rig import Completion, Rig
+from qemu_ioasid.scenarios.table import Row
 
 #: What it means that work ended as expected, by its status.
 OUTCOMES: dict[str, Outcome] = {
@@ -103,6 +104,12 @@ class Checks:
     def __init__(self, rig: Rig, report: Report) -> None:
         self._rig = rig
         self._report = report
+
+    def make(self, rows: Sequence[Row], scenario: object) -> None:
+        """One `check` for each of *rows*, made by *scenario*."""
+        for row in rows:
+            with self.check(row.name, row.tried) as trial:
+                row.act(scenario, trial, *row.arguments)
 
     @contextlib.contextmanager
     def check(self, name: str, tried: str) -> Iterator[Trial]:

@@ -181,11 +181,10 @@ class Flight:
         ticket = self._submit(_fill(space.pasid, SLOW), _fill(space.pasid, PLAIN))
         self._asleep(space.slow)
         # In one request: what it finds is as things are when the detach returns.
-        calls = [
-            {"op": "unregister", "args": {"device": self.device, "pasid": space.pasid}},
-            {"op": "device_registers", "args": {"name": self.device}},
-        ]
-        leaving = self.host.start("several", calls=calls)
+        leaving = self.host.start_several(
+            ("unregister", {"device": self.device, "pasid": space.pasid}),
+            ("device_registers", {"name": self.device}),
+        )
         self._blocked(space)
         _, registers = self._waits(trial, leaving, "detach", space.slow)
         trial.require(registers["HEAD"] >= 1, "detach returned before the completion was stored")

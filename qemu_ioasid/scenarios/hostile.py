@@ -21,8 +21,9 @@ from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.errors import InfrastructureError
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Binding, Rig, copy
-from qemu_ioasid.scenarios.acts import OWN_IOVA, Acts, parts
+from qemu_ioasid.scenarios.acts import OWN_IOVA, parts
 from qemu_ioasid.scenarios.checks import Skipped, Trial
+from qemu_ioasid.scenarios.stage import TwoGuests
 from qemu_ioasid.scenarios.table import Row, Table
 
 OPERATIONS = 200_000
@@ -70,14 +71,11 @@ def run(
     Hostile(rig, report, chosen, operations).run(rows)
 
 
-class Hostile(Acts):
+class Hostile(TwoGuests):
     """The scenario on a rig."""
 
     def __init__(self, rig: Rig, report: Report, seed: int, operations: int) -> None:
-        super().__init__(rig, report)
-        play = parts(rig.config, "hostile")
-        self.g1, self.g2 = rig.guests[play["g1"]], rig.guests[play["g2"]]
-        self.a, self.b, self.c = play["a"], play["b"], play["c"]
+        super().__init__(rig, report, "hostile")
         self.seed, self.operations = seed, operations
         self._room: dict[str, Binding] = {}
 

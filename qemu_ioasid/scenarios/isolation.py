@@ -19,7 +19,7 @@ from qemu_ioasid.rig import Binding, Guest, Rig, copy
 from qemu_ioasid.scenarios import stage
 from qemu_ioasid.scenarios.acts import HALF, LENGTH, OWN_IOVA, SLOT, SOURCE_AT, TARGET_AT, parts
 from qemu_ioasid.scenarios.checks import Trial
-from qemu_ioasid.scenarios.stage import Stage
+from qemu_ioasid.scenarios.stage import TwoGuests
 from qemu_ioasid.scenarios.table import Row, Table
 from qemu_ioasid.scenarios.witness import moved
 
@@ -49,14 +49,11 @@ def run(rig: Rig, report: Report, rows: Sequence[Row]) -> None:
     Isolation(rig, report).run(rows)
 
 
-class Isolation(Stage):
+class Isolation(TwoGuests):
     """The scenario on a rig."""
 
     def __init__(self, rig: Rig, report: Report) -> None:
-        super().__init__(rig, report)
-        play = parts(rig.config, "isolation")
-        self.g1, self.g2 = rig.guests[play["g1"]], rig.guests[play["g2"]]
-        self.a, self.b, self.c = play["a"], play["b"], play["c"]
+        super().__init__(rig, report, "isolation")
 
     # Work without a PASID goes through the guest's own virtual IOMMU, and faults without it
 

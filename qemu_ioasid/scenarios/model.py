@@ -75,9 +75,7 @@ def run(
     programs = Programs(rig, report, steps, chosen, replay)
     checks = Checks(rig, report)
     with report.phase("programs"):
-        for row in rows:
-            with checks.check(row.name, row.tried) as trial:
-                row.act(programs, trial)
+        checks.make(rows, programs)
 
 
 class Programs:

@@ -11,7 +11,7 @@ from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.machine import Machine
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Rig
-from qemu_ioasid.scenarios.acts import Acts
+from qemu_ioasid.scenarios.acts import Acts, parts
 from qemu_ioasid.scenarios.checks import Skipped, Trial
 from qemu_ioasid.scenarios.table import Row, Table
 
@@ -62,3 +62,14 @@ class Stage(Acts):
         trial.require(saved == nonce, "the guest's nonce is not at the address it names")
         trial.require(in_file == nonce, "the guest's nonce is not at that offset of its RAM file")
         trial.saw("the guest, QEMU and the RAM file show the same nonce")
+
+
+class TwoGuests(Stage):
+    """On the stage: *g1* with the mdevs *a* and *b*, *g2* with *c*."""
+
+    def __init__(self, rig: Rig, report: Report, scenario: str) -> None:
+        """Raises as `acts.parts`."""
+        super().__init__(rig, report)
+        play = parts(rig.config, scenario)
+        self.g1, self.g2 = rig.guests[play["g1"]], rig.guests[play["g2"]]
+        self.a, self.b, self.c = play["a"], play["b"], play["c"]

@@ -56,9 +56,7 @@ def run(
     races = Races(rig, seconds, secrets.randbelow(1 << 32) if seed is None else seed)
     checks = Checks(rig, report)
     with report.phase("races"):
-        for row in rows:
-            with checks.check(row.name, row.tried) as trial:
-                row.act(races, trial)
+        checks.make(rows, races)
 
 
 class Races:

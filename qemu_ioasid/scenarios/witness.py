@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from qemu_ioasid.client import Pending
+from qemu_ioasid.client import Call, Pending
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import InfrastructureError
 from qemu_ioasid.rig import Guest, Rig
@@ -113,23 +113,18 @@ class Witnesses:
         deadline = Deadline(30, what)
         return {name: each.result(deadline) for name, each in pending.items()}
 
-    def _several(self, calls: list[tuple[str, dict[str, Any]]], what: str) -> list[Any]:
-        """The host side's answers to operations that are done one after another."""
-        asked = [{"op": op, "args": args} for op, args in calls]
-        answers: list[Any] = self._host.call("several", deadline=Deadline(30, what), calls=asked)
-        return answers
-
     def _before(self) -> None:
         inside = self._all(
             {guest.name: guest.agent.start("watch") for guest in self._alive()},
             "snapshots in the guests",
         )
         guests = list(self._rig.guests.values())
-        watches = [
+        watches: list[Call] = [
             ("watch", {"guest": guest.name, "gpa": guest.gpa, "length": guest.size})
             for guest in guests
         ]
-        answers = self._several([*watches, ("trace_clear", {})], "snapshots of the RAM files")
+        deadline = Deadline(30, "snapshots of the RAM files")
+        answers = self._host.several(*watches, ("trace_clear", {}), deadline=deadline)
         nonces = dict(zip(self._rig.guests, answers, strict=False))
         for name, snapshot in inside.items():
             if nonces[name]["nonce"] != snapshot["nonce"]:
@@ -147,12 +142,8 @@ class Witnesses:
 
         inside = self._all(
             {
-                guest.name: guest.agent.start(
-                    "several",
-                    calls=[
-                        {"op": "changes", "args": {"expect": expected(guest.name)}},
-                        {"op": "nonce"},
-                    ],
+                guest.name: guest.agent.start_several(
+                    ("changes", {"expect": expected(guest.name)}), ("nonce", {})
                 )
                 for guest in self._alive()
             },
@@ -162,11 +153,13 @@ class Witnesses:
         for name, (seen, nonce) in inside.items():
             views[f"{name} from inside"] = seen
             self._nonces[name] = nonce["hex"]
-        comparisons = [
+        comparisons: list[Call] = [
             ("changes", {"guest": name, "expect": expected(name)}) for name in self._rig.guests
         ]
-        *seen_outside, made = self._several(
-            [*comparisons, ("trace_take", {})], "comparison of the arenas"
+        *seen_outside, made = self._host.several(
+            *comparisons,
+            ("trace_take", {}),
+            deadline=Deadline(30, "comparison of the arenas"),
         )
         outside = dict(zip(self._rig.guests, seen_outside, strict=True))
         if any(each["offset"] < NONCE for seen in outside.values() for each in seen["unexpected"]):

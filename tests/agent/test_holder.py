@@ -19,7 +19,6 @@ import pytest
 from qemu_ioasid.agent.descriptor import Descriptor
 from qemu_ioasid.agent.holder import Holders
 from qemu_ioasid.agent.iommufd import Iommufd
-from qemu_ioasid.agent.raw import ioctl_on_readonly
 from qemu_ioasid.agent.spawn import Spawner
 from qemu_ioasid.agent.uapi.iommufd import iommu_destroy
 from qemu_ioasid.agent.vfio import VfioDevice
@@ -67,7 +66,7 @@ def test_the_kernel_cannot_write_into_the_argument() -> None:
     os.write(writing, b"1234")
     with Descriptor(reading, "pipe") as pipe:
         with pytest.raises(OSError) as refused:
-            ioctl_on_readonly(pipe, termios.FIONREAD, iommu_destroy())
+            pipe.ioctl_on_readonly(termios.FIONREAD, iommu_destroy())
         assert refused.value.errno == errno.EFAULT
         answer = array.array("i", [0])
         fcntl.ioctl(reading, termios.FIONREAD, answer)

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Completion, Descriptor, Guest, Rig
-from qemu_ioasid.scenarios.acts import LENGTH, SLOT, SOURCE_AT, TARGET_AT, parts
+from qemu_ioasid.scenarios.acts import LENGTH, SLOT, SOURCE_AT, TARGET_AT
 from qemu_ioasid.scenarios.checks import Trial
-from qemu_ioasid.scenarios.stage import Stage
+from qemu_ioasid.scenarios.stage import TwoGuests
 from qemu_ioasid.scenarios.witness import moved
 
 #: Grants of one arena are neighbours in their address spaces as they are in the arena.
@@ -69,14 +69,11 @@ class Grant:
     length: int
 
 
-class Ground(Stage):
+class Ground(TwoGuests):
     """A rig with registrations to attack. Devices *a* and *b* are *g1*'s, *c* is *g2*'s."""
 
     def __init__(self, rig: Rig, report: Report) -> None:
-        super().__init__(rig, report)
-        play = parts(rig.config, "attacks")
-        self.g1, self.g2 = rig.guests[play["g1"]], rig.guests[play["g2"]]
-        self.a, self.b, self.c = play["a"], play["b"], play["c"]
+        super().__init__(rig, report, "attacks")
         self.host = rig.host.agent
         self._owners: dict[int, str] = {}
         self._granted: dict[str, Grant] = {}
@@ -86,13 +83,6 @@ class Ground(Stage):
         self.spare_own = 0
 
     # What is registered
-
-    def several(self, *calls: tuple[str, dict[str, Any]]) -> list[Any]:
-        """Operations of the host side, one after another in one request."""
-        answers: list[Any] = self.host.call(
-            "several", calls=[{"op": op, "args": args} for op, args in calls]
-        )
-        return answers
 
     def owned_by(self, pasid: int) -> str:
         """Who *pasid* was given to, by this scenario's own book."""
@@ -121,7 +111,7 @@ class Ground(Stage):
     ) -> int:
         """A new IOAS of *iommufd* that maps *spans* (offset, length) of *guest*'s arena."""
         ioas = self.registrar.ioas(iommufd)
-        self.several(
+        self.host.several(
             *(
                 self.mapping(guest, iommufd, ioas, offset, length, writeable)
                 for offset, length in spans
@@ -150,7 +140,7 @@ class Ground(Stage):
         guest = guest or self.owner[device]
         iommufd = iommufd or guest.name
         offset, length = self.slots(guest, slots), slots * SLOT
-        made, given = self.several(
+        made, given = self.host.several(
             ("ioas_alloc", {"iommufd": iommufd}), ("pasid_alloc", {"owner": iommufd})
         )
         grant = Grant(
@@ -164,7 +154,7 @@ class Ground(Stage):
             length,
         )
         self._owners[grant.pasid] = guest.name
-        self.several(
+        self.host.several(
             self.mapping(guest, iommufd, grant.ioas, offset, length, writeable),
             ("register", self._entry(grant)),
         )
@@ -230,7 +220,7 @@ class Ground(Stage):
                 two = self.registrar.ioas(self.g2.name)
         here, there = self.slot(self.g1), self.slot(self.g2)
         op, args = self.mapping(self.g2, self.g2.name, one, there, SLOT, True)
-        self.several(
+        self.host.several(
             self.mapping(self.g1, self.g1.name, one, here, SLOT, True),
             (op, {**args, "iova": BASE + here}),
         )
@@ -246,7 +236,7 @@ class Ground(Stage):
     def books(self) -> dict[str, Any]:
         """Every device's list and the parent's table, as the kernel shows them."""
         devices = list(self.owner)
-        *lists, table = self.several(
+        *lists, table = self.host.several(
             *(("kernel_list", {"device": device}) for device in devices), ("kernel_table", {})
         )
         return {"table": table, **dict(zip(devices, lists, strict=True))}
@@ -265,7 +255,7 @@ class Ground(Stage):
 
     def require_list(self, trial: Trial, device: str, expected: list[int]) -> None:
         """Require *device*'s list to be *expected*, and no PASID besides to be in the table."""
-        found, table = self.several(("kernel_list", {"device": device}), ("kernel_table", {}))
+        found, table = self.host.several(("kernel_list", {"device": device}), ("kernel_table", {}))
         pasids = [row["pasid"] for row in found]
         trial.answer(f"{device}'s list: {pasids}")
         trial.require(pasids == expected, f"{device}'s list must be {expected}, is {pasids}")
@@ -295,12 +285,11 @@ class Ground(Stage):
             self._logged[device] = told["FAULT_COUNT"]
         attempt = self.attempt(trial, by, device, work, ending.status)
         submitted = {"name": device, "descriptors": [work], "seconds": 20 * calibration()}
-        calls = [
-            {"op": "device_submit" if by == "host" else "submit", "args": submitted},
-            {"op": "device_faults", "args": {"name": device, "since": self._logged.pop(device)}},
-        ]
-        deadline = Deadline(25, f"completion of {device}")
-        (done,), log = agent.call("several", deadline=deadline, calls=calls)
+        (done,), log = agent.several(
+            ("device_submit" if by == "host" else "submit", submitted),
+            ("device_faults", {"name": device, "since": self._logged.pop(device)}),
+            deadline=Deadline(25, f"completion of {device}"),
+        )
         self._logged[device] = log["count"]
         trial.settle(attempt, done)
         trial.require(

@@ -49,7 +49,7 @@ def _foreign(ground: Ground) -> Args:
     # An iommufd gives the lowest free id, so the other one's are below its few objects.
     ioas = ground.registrar.ioas_many(ground.g1.name, MANY)[-1]
     offset = ground.slot(ground.g1)
-    ground.several(ground.mapping(ground.g1, ground.g1.name, ioas, offset, SLOT, True))
+    ground.host.several(ground.mapping(ground.g1, ground.g1.name, ioas, offset, SLOT, True))
     return _attach(ground, ioas=ioas)
 
 
@@ -272,7 +272,9 @@ def copy_out(ground: Ground, trial: Trial, what: str) -> None:
     iommufd = f"agent:{SPARE}"
     with ground.spare() as spare:
         offset = ground.slot(ground.g1)
-        ground.several(ground.mapping(ground.g1, iommufd, ground.spare_own, offset, SLOT, True))
+        ground.host.several(
+            ground.mapping(ground.g1, iommufd, ground.spare_own, offset, SLOT, True)
+        )
         ioas = ground.mapped(ground.g1, iommufd, (offset, SLOT))
         pasid, name = ground.pasid(iommufd), ground.g1.name
         grant = Grant(spare, name, iommufd, pasid, ioas, BASE + offset, offset, SLOT)

@@ -82,7 +82,7 @@ def rewritten(ground: Ground, trial: Trial, name: str) -> None:
 def _landed(ground: Ground, trial: Trial, handle: int, grant: Grant, offset: int) -> None:
     """Require the page at *offset* of the slow memory to be that of the grant's range."""
     place = {"guest": grant.guest, "gpa": ground.g1.gpa + grant.offset + offset, "length": PAGE}
-    here, there = ground.several(
+    here, there = ground.host.several(
         ("slow_read", {"handle": handle, "offset": offset, "length": PAGE}), ("read", place)
     )
     trial.require(here["hex"] == there["hex"], "the bytes that arrived are not those it named")

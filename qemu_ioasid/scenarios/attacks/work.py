@@ -245,7 +245,7 @@ def read_only(ground: Ground, trial: Trial, device: str, role: str) -> None:
     guest = ground.owner[device]
     offset = ground.slots(guest, 2)
     ioas = ground.mapped(guest, guest.name, (offset, SLOT), writeable=False)
-    ground.several(ground.mapping(guest, guest.name, ioas, offset + SLOT, SLOT, True))
+    ground.host.several(ground.mapping(guest, guest.name, ioas, offset + SLOT, SLOT, True))
     pasid = ground.enter(device, guest, ioas)
     grant = Grant(device, guest.name, guest.name, pasid, ioas, BASE + offset, offset, SLOT)
     cases = {
