@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import errno
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.deadline import Deadline, calibration
@@ -34,11 +35,32 @@ IOVA, LENGTH = 0x10000, 0x4000
 FAILS = (errno.ENOMEM, errno.EFAULT)
 #: An operation that did not pass after as many failures never will.
 MOST = 1000
+#: How often a place is failed that the kernel seems to bear.
+TRIES = 3
 CALL_SECONDS = 30.0
 SCAN_SECONDS = 120.0
 
 Json = dict[str, Any]
 Undo = Callable[[Any], None]
+#: How an operation ends with a place failed, beside its errno: done all the same; it has fewer.
+BORNE, PASSED = "borne", "passed"
+
+
+class Swept(NamedTuple):
+    """An operation, and what goes around it.
+
+    *prepare* brings about what it needs and gives its arguments; *undo* takes its answer, and
+    what it did back. *may*: errnos that it may answer besides. *lost*: called after EFAULT, which
+    has taken away what was there (ABI.md), to bring it back. *untold*: what it answers once more
+    where EFAULT meant that it was done, and only that could not be told.
+    """
+
+    op: str
+    prepare: Callable[[], Json]
+    undo: Undo
+    may: Sequence[int] = ()
+    lost: Callable[[], None] | None = None
+    untold: int = 0
 
 
 def rows(config: RigConfig) -> list[Row]:
@@ -59,9 +81,7 @@ def run(rig: Rig, report: Report, rows: Sequence[Row]) -> None:
     checks = Checks(rig, report)
     with report.phase("failed allocations"):
         faults = Faults(rig)
-        for row in rows:
-            with checks.check(row.name, row.tried) as trial:
-                row.act(faults, trial)
+        checks.make(rows, faults)
         faults.close()
 
 
@@ -96,71 +116,60 @@ class Faults:
             "descriptors": [nop],
             "seconds": CALL_SECONDS * calibration(),
         }
-        asked = {
-            "kernel_table": {},
-            "kernel_list": {"device": DEVICE},
-            "ledger": {},
-            "device_submit": work,
-        }
-        calls = [{"op": op, "args": args} for op, args in asked.items()]
-        table, kernel_list, ledger, (done,) = self._call("several", calls=calls)
+        table, kernel_list, ledger, (done,) = self._rig.host.agent.several(
+            ("kernel_table", {}),
+            ("kernel_list", {"device": DEVICE}),
+            ("ledger", {}),
+            ("device_submit", work),
+            deadline=Deadline(SCAN_SECONDS, "the state of everything"),
+        )
         return {"table": table, "list": kernel_list, "ledger": ledger, "work": done["status"]}
 
-    def _sweep(
-        self,
-        trial: Trial,
-        op: str,
-        prepare: Callable[[], Json],
-        undo: Undo,
-        *,
-        may: Sequence[int] = (),
-        lost: Callable[[], None] | None = None,
-        untold: int = 0,
-    ) -> None:
-        """Fail *op* at its first, second, ... place, until it passes.
-
-        *prepare* brings about what it needs and gives its arguments; *undo* takes its answer, and
-        what it did back. *may*: errnos that it may answer besides. *lost*: called after EFAULT,
-        which has taken away what was there (ABI.md), to bring it back. *untold*: what *op* answers
-        once more where EFAULT meant that it was done, and only that could not be told.
-        """
-        failed: dict[str, int] = {}
-        absorbed = 0
+    def _sweep(self, trial: Trial, swept: Swept) -> None:
+        """Fail an operation at its first, second, ... place, until it passes."""
+        failed: Counter[str] = Counter()
         for nth in range(1, MOST):
-            args = prepare()
-            before = self._state()
-            told = self._call("fail_nth", op=op, args=args, nth=nth)
-            error = told["error"]
-            if error is None:
-                undo(told["answer"])
-                if not told["failed"]:
-                    break
-                absorbed += 1
-                continue
-            name = errno.errorcode.get(error["errno"], str(error["errno"]))
-            failed[name] = failed.get(name, 0) + 1
-            where = f"{op}, failure {nth}: {error['message']}"
-            trial.require(told["failed"], f"{where}, and nothing was failed")
-            trial.require(error["errno"] in (*FAILS, *may), f"{where}: not one of its errnos")
-            after = self._state()
-            if after != before and lost is not None and error["errno"] == errno.EFAULT:
-                lost()
-                after = self._state()
-            trial.require(after == before, f"{where}: was {before}, is {after}")
-            try:
-                undo(self._call(op, **args))
-            except CallFailed as again:
-                if error["errno"] != errno.EFAULT or again.errno != untold:
-                    what = f"{where}; once more, with nothing failed: {again.name}"
-                    raise Broken(what) from None
-                undo(None)
+            # The slab allocator refills itself now and then, and bears it where it cannot: the
+            # place that is meant comes one later then. It does not do so time after time.
+            tries = (self._fail(trial, swept, nth) for _ in range(TRIES))
+            found = next((each for each in tries if each != BORNE), BORNE)
+            if found == PASSED:
+                break
+            failed[found] += 1
         else:
-            raise Broken(f"{op} does not pass after {MOST} failures")
+            raise Broken(f"{swept.op} does not pass after {MOST} failures")
+        borne = failed.pop(BORNE, 0)
         trial.answer(", ".join(f"{count} {name}" for name, count in sorted(failed.items())) or "0")
         trial.saw(
-            f"{nth - 1} places failed, {absorbed} of them borne; after each the table, the list, "
+            f"{nth - 1} places failed, {borne} of them borne; after each the table, the list, "
             "the ledger and the device as before, and the same succeeded"
         )
+
+    def _fail(self, trial: Trial, swept: Swept, nth: int) -> str:
+        """The errno's name with the *nth* place failed, BORNE, or PASSED: it has fewer."""
+        op, args = swept.op, swept.prepare()
+        before = self._state()
+        told = self._call("fail_nth", op=op, args=args, nth=nth)
+        error = told["error"]
+        if error is None:
+            swept.undo(told["answer"])
+            return BORNE if told["failed"] else PASSED
+        where = f"{op}, failure {nth}: {error['message']}"
+        trial.require(told["failed"], f"{where}, and nothing was failed")
+        trial.require(error["errno"] in (*FAILS, *swept.may), f"{where}: not one of its errnos")
+        after = self._state()
+        if after != before and swept.lost is not None and error["errno"] == errno.EFAULT:
+            swept.lost()
+            after = self._state()
+        trial.require(after == before, f"{where}: was {before}, is {after}")
+        try:
+            swept.undo(self._call(op, **args))
+        except CallFailed as again:
+            if error["errno"] != errno.EFAULT or again.errno != swept.untold:
+                what = f"{where}; once more, with nothing failed: {again.name}"
+                raise Broken(what) from None
+            swept.undo(None)
+        return errno.errorcode.get(error["errno"], str(error["errno"]))
 
     # --- what each sweep begins with ----------------------------------------------------
 
@@ -181,7 +190,7 @@ class Faults:
 
     @_SWEEP("register", "register a PASID")
     def _register(self, trial: Trial) -> None:
-        self._sweep(trial, "register", self._registration, self._unregister)
+        self._sweep(trial, Swept("register", self._registration, self._unregister))
 
     @_SWEEP("replace", "have a registered PASID name another address space")
     def _replace(self, trial: Trial) -> None:
@@ -189,7 +198,7 @@ class Faults:
             self._registered()
             return {"device": DEVICE, "pasid": PASID, "ioas": self._spaces[1]}
 
-        self._sweep(trial, "replace", prepare, self._unregister, lost=self._registered)
+        self._sweep(trial, Swept("replace", prepare, self._unregister, lost=self._registered))
 
     @_SWEEP("unregister", "unregister a PASID")
     def _unregister_it(self, trial: Trial) -> None:
@@ -197,7 +206,7 @@ class Faults:
             self._registered()
             return {"device": DEVICE, "pasid": PASID}
 
-        self._sweep(trial, "unregister", prepare, lambda _: None)
+        self._sweep(trial, Swept("unregister", prepare, lambda _: None))
 
     @_SWEEP("own-address-space", "attach the device's own address space, and detach it")
     def _attach_own(self, trial: Trial) -> None:
@@ -208,20 +217,20 @@ class Faults:
             self._call("raw_detach", device=DEVICE)
             return {"device": DEVICE, "ioas": self._own}
 
-        self._sweep(trial, "raw_attach", detached, lambda _: None)
-        self._sweep(trial, "raw_detach", lambda: {"device": DEVICE}, attach)
+        self._sweep(trial, Swept("raw_attach", detached, lambda _: None))
+        self._sweep(trial, Swept("raw_detach", lambda: {"device": DEVICE}, attach))
 
     @_SWEEP("address-space", "make an address space, and destroy it")
     def _space(self, trial: Trial) -> None:
         def destroy(made: Json) -> None:
             self._call("ioas_destroy", iommufd=IOMMUFD, ioas=made["ioas"])
 
-        self._sweep(trial, "ioas_alloc", lambda: {"iommufd": IOMMUFD}, destroy)
+        self._sweep(trial, Swept("ioas_alloc", lambda: {"iommufd": IOMMUFD}, destroy))
 
         def made() -> Json:
             return {"iommufd": IOMMUFD, "ioas": self._alloc()}
 
-        self._sweep(trial, "ioas_destroy", made, lambda _: None)
+        self._sweep(trial, Swept("ioas_destroy", made, lambda _: None))
 
     @_SWEEP("map", "map memory, and unmap it")
     def _map(self, trial: Trial) -> None:
@@ -231,7 +240,7 @@ class Faults:
         def close(made: Json) -> None:
             self._call("slow_close", handle=made["handle"])
 
-        self._sweep(trial, "slow_create", lambda: where, close, may=[errno.ENOSPC])
+        self._sweep(trial, Swept("slow_create", lambda: where, close, may=[errno.ENOSPC]))
 
         def mapped() -> Json:
             made = self._call("slow_create", **where)
@@ -242,14 +251,14 @@ class Faults:
         def unmapped(_: object) -> None:
             self._call("slow_close", handle=handles.pop())
 
-        self._sweep(trial, "ioas_unmap", mapped, unmapped, untold=errno.ENOENT)
+        self._sweep(trial, Swept("ioas_unmap", mapped, unmapped, untold=errno.ENOENT))
 
     @_SWEEP("open", "open a device, and with it an iommufd; close them")
     def _open(self, trial: Trial) -> None:
         def close(_: object) -> None:
             self._call("device_close", name=OTHER)
 
-        self._sweep(trial, "device_open", lambda: {"name": OTHER}, close)
+        self._sweep(trial, Swept("device_open", lambda: {"name": OTHER}, close))
 
     @_SWEEP("mdev", "create an mdev, and remove it")
     def _mdev(self, trial: Trial) -> None:
@@ -258,13 +267,13 @@ class Faults:
         def remove(_: object) -> None:
             self._call("mdev_remove", name="c")
 
-        self._sweep(trial, "mdev_create", lambda: name, remove)
+        self._sweep(trial, Swept("mdev_create", lambda: name, remove))
 
         def made() -> Json:
             self._call("mdev_create", **name)
             return {"name": "c"}
 
-        self._sweep(trial, "mdev_remove", made, lambda _: None)
+        self._sweep(trial, Swept("mdev_remove", made, lambda _: None))
 
     @_SWEEP("leaks", "whether the kernel has lost memory by any of it")
     def _leaks(self, trial: Trial) -> None:
