@@ -133,7 +133,8 @@ class Iommufd:
     def ioas_unmap(self, ioas: int, iova: int, length: int) -> int:
         """Unmaps whole former mappings inside the range; returns the bytes unmapped.
 
-        ENOENT: nothing is mapped there, or a mapping reaches out of the range.
+        ENOENT: nothing is mapped there, or a mapping reaches out of the range; those before that
+        one are gone then.
         """
         argument = uapi.iommu_ioas_unmap(
             size=ctypes.sizeof(uapi.iommu_ioas_unmap), ioas_id=ioas, iova=iova, length=length

@@ -217,6 +217,27 @@ def _map_copy_out(rig: Rig, trial: Trial) -> bool:
     return left == "0"
 
 
+def _unmap_part(rig: Rig, trial: Trial) -> bool:
+    """iopt_unmap_iova_range() has removed what comes before the mapping that it refuses."""
+    host = rig.host.agent
+    opened = host.call("device_open", name="a")
+    space = {"iommufd": opened["iommufd"], "ioas": opened["ioas"]}
+    whole, reaching = OWN_IOVA, OWN_IOVA + PAGE
+    host.call("slow_create", **space, iova=whole, length=PAGE)
+    host.call("slow_create", **space, iova=reaching, length=2 * PAGE)
+
+    def unmap(iova: int, length: int) -> str:
+        return _errno(functools.partial(host.call, "ioas_unmap", **space, iova=iova, length=length))
+
+    answer = unmap(whole, 2 * PAGE)
+    lower, upper = unmap(whole, PAGE), unmap(reaching, 2 * PAGE)
+    host.call("reset")
+    trial.answer(f"unmap of one and a half mappings: {answer}; then of each: {lower}, {upper}")
+    trial.require((answer, upper) == ("ENOENT", "0"), "what reaches out must stay, and be refused")
+    trial.require(lower in ("0", "ENOENT"), "the unmap must find the other or not")
+    return lower == "ENOENT"
+
+
 #: How often a device is taken out and put in; without the patch a guest has not outlived one.
 _PLUGS = 5
 
@@ -399,6 +420,12 @@ FINDINGS = (
         "Linux",
         "map memory with the ioctl's struct in memory that the kernel cannot write",
         _map_copy_out,
+    ),
+    Finding(
+        "unmap-part",
+        "Linux",
+        "unmap a range that ends within a mapping, and then each mapping by itself",
+        _unmap_part,
     ),
     Finding(
         "kvm-stale-event",
