@@ -59,6 +59,7 @@ class Guest:
             "device_doorbell": self._own.doorbell,
             "device_reset": self._own.reset,
             "device_registers": self._own.registers,
+            "device_touch": self._own.touch,
         }
         self.operations = with_several(self.operations)
 
