@@ -186,11 +186,24 @@ def get_or_build(
     return path, False
 
 
-def prune(kind: str, kept: int) -> None:
-    """Remove all entries of *kind* but the *kept* that were touched last."""
+def prune(kind: str, kept: int) -> dict[Path, int]:
+    """Remove all entries of *kind* but the *kept* that were touched last; their sizes."""
     found = []
     for folder in (root() / kind).glob("[!.]*"):
         with contextlib.suppress(OSError):
             found.append((folder.stat().st_mtime_ns, folder))
+    removed = {}
     for _, folder in sorted(found, reverse=True)[kept:]:
+        removed[folder] = size(folder)
         shutil.rmtree(folder, ignore_errors=True)
+    return removed
+
+
+def size(folder: Path) -> int:
+    """The bytes that *folder* takes on its disk."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += 512 * os.lstat(os.path.join(place, name)).st_blocks
+    return total

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,9 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from qemu_ioasid import bench, config, image, kernel, parts, process, report, scenarios, session
+from qemu_ioasid import bench, builds, config, kernel, process, report, scenarios, session
 from qemu_ioasid.cache import explained
-from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, RigError
 from qemu_ioasid.kernel import mutant
 from qemu_ioasid.lab import arguments as lab
@@ -50,36 +48,28 @@ def _parser() -> argparse.ArgumentParser:
     mutants.add(commands, _output)
     _add_bench(commands, common)
     lab.add(commands, common, _add_start, _options)
-    build = commands.add_parser("kernel", help="build kernels and list them")
-    actions = build.add_subparsers(dest="action", required=True, metavar="ACTION")
-    making = actions.add_parser("build", parents=[common], help="build, or say what is built")
-    making.add_argument(
-        "--update", action="store_true", help="ask the archive for a newer source package"
-    )
-    making.set_defaults(handler=_kernel_build)
-    actions.add_parser("list", parents=[common], help="what is built").set_defaults(
-        handler=_kernel_list
-    )
-
-    images = commands.add_parser("image", help="build the VM images")
-    actions = images.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("build", parents=[common], help="build, or say what is built").set_defaults(
-        handler=_image_build
-    )
-
-    carry = commands.add_parser(
-        "parts",
-        parents=[common],
-        help="copy what a run with --host local needs to a folder, for machines without build "
-        "tools; DIR/qemu-ioasid is the command there",
-    )
-    carry.add_argument("folder", type=Path, metavar="DIR", help="is made")
-    carry.set_defaults(handler=_parts)
+    builds.add(commands, common, _spec)
 
     page = commands.add_parser("report", help="make a report's page anew from its report.json")
     page.add_argument("folder", type=Path, metavar="FOLDER", help="a run's report folder")
     page.set_defaults(handler=_report, json=False)
     return parser
+
+
+def add_kernel(command: argparse.ArgumentParser) -> None:
+    """Which kernel, and what is laid over it."""
+    command.add_argument(
+        "--kernel",
+        default="",
+        metavar="NAME",
+        help=f"{kernel.FORMS} (default: Debian's, of the series' version)",
+    )
+    command.add_argument(
+        "--series",
+        default="",
+        metavar="SERIES",
+        help=f"{kernel.SERIES_FORMS} (default: ours, if missing)",
+    )
 
 
 def _common() -> argparse.ArgumentParser:
@@ -91,9 +81,7 @@ def _common() -> argparse.ArgumentParser:
         choices=("default", "debug"),
         help="the kernel's config profile",
     )
-    common.add_argument(
-        "--series", type=Path, metavar="DIR", help="patch series for the kernel (default: ours)"
-    )
+    add_kernel(common)
     common.add_argument(
         "--mutant",
         metavar="NAME",
@@ -232,7 +220,7 @@ def _spec(arguments: argparse.Namespace) -> kernel.Spec:
         mutant=mutant.find(arguments.mutant).patch if arguments.mutant else None,
         update=getattr(arguments, "update", False),
     )
-    return replace(spec, series=arguments.series.absolute()) if arguments.series else spec
+    return spec.naming(arguments.kernel, arguments.series)
 
 
 def _output(terminal: Terminal) -> Output:
@@ -257,7 +245,7 @@ def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     name = arguments.scenario or ("isolation" if arguments.replay is None else "model")
     scenario = scenarios.find(name)
     options = _options(arguments)
-    if arguments.series is None:
+    if not arguments.series:
         options = replace(options, kernel=replace(options.kernel, without=scenario.left_out))
     options = replace(
         options,
@@ -288,7 +276,7 @@ def _order(arguments: argparse.Namespace, name: str, takes: tuple[str, ...]) -> 
     for each in order.keys() - set(takes):
         raise ConfigurationError(f"--{each}: scenario {name} takes none")
     if "series" in takes:
-        order["series"] = arguments.series is not None
+        order["series"] = bool(arguments.series)
     if "replay" in order:
         order["replay"] = program.load(order["replay"])
     elif name == "model":
@@ -353,80 +341,6 @@ def _report(arguments: argparse.Namespace, terminal: Terminal) -> int:
     except OSError as error:
         raise ConfigurationError(f"{error.filename}: {error.strerror}") from None
     terminal.say(_short(path))
-    return 0
-
-
-def _kernel_build(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    started = time.monotonic()
-    terminal.begins("kernel")
-    built = kernel.build(
-        _spec(arguments),
-        deadline=Deadline(session.BUILD_SECONDS, "kernel"),
-        progress=terminal.progress,
-    )
-    terminal.begins("")
-    if arguments.json:
-        print(json.dumps(_kernel_row(built), indent=2))
-    else:
-        how = "built already" if built.cached else f"built in {time.monotonic() - started:.0f} s"
-        terminal.say(f"{built.release} {built.hash}  {how}: {built.image}")
-    return 0
-
-
-def _kernel_row(built: kernel.Kernel) -> dict[str, object]:
-    return {
-        "release": built.release,
-        "source": built.source,
-        "hash": built.hash,
-        "series": built.series_hash,
-        "image": str(built.image),
-        "vmlinux": str(built.vmlinux),
-        "cached": built.cached,
-    }
-
-
-def _kernel_list(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    found = kernel.cached()
-    if arguments.json:
-        print(json.dumps([_kernel_row(each) for each in found], indent=2))
-    else:
-        for each in found:
-            terminal.say(f"{each.hash}  {each.release}  {each.source}")
-    return 0
-
-
-def _image_build(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    rows = {}
-    for name in ("host", "guest"):
-        terminal.begins(f"{name} image")
-        built = image.build(
-            name, deadline=Deadline(session.BUILD_SECONDS, "images"), progress=terminal.progress
-        )
-        terminal.begins("")
-        rows[name] = {"hash": built.hash, "path": str(built.path), "cached": built.cached}
-        if not arguments.json:
-            terminal.say(
-                f"{name} {built.hash}  {'built already' if built.cached else 'built'}: {built.path}"
-            )
-    if arguments.json:
-        print(json.dumps(rows, indent=2))
-    return 0
-
-
-def _parts(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    terminal.begins("guests' kernel and image")
-    built = parts.build(
-        _spec(arguments),
-        deadline=Deadline(session.BUILD_SECONDS, "guests' kernel and image"),
-        progress=terminal.progress,
-    )
-    terminal.begins("")
-    parts.export(built, arguments.folder)
-    if arguments.json:
-        print(json.dumps({"folder": str(arguments.folder), **built.versions}, indent=2))
-    else:
-        command = arguments.folder / "qemu-ioasid"
-        terminal.say(f"on a machine to be the host: {command} run --host local --parts DIR")
     return 0
 
 

@@ -5,7 +5,7 @@
 
     [kernel.default]
     [kernel.debug]
-    profile = "debug"           # or series = "DIR"
+    profile = "debug"           # or name = "debian:7.3", series = "DIR"
     [qemu.private]
     program = "private"         # as --qemu
     [viommu.second-stage]
@@ -28,7 +28,7 @@ from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.session import Options
 
 _KEYS: dict[str, dict[str, type]] = {
-    "kernel": {"profile": str, "series": str},
+    "kernel": {"profile": str, "name": str, "series": str},
     "qemu": {"program": str},
     # Any key of the rig file.
     "viommu": {},
@@ -50,9 +50,8 @@ class Variant:
         spec = given.kernel
         if "profile" in self.kernel:
             spec = replace(spec, profile=self.kernel["profile"])
-        if "series" in self.kernel:
-            series = Path(self.where).parent / self.kernel["series"]
-            spec = replace(spec, series=series.absolute())
+        name, series = (self.kernel.get(key, "") for key in ("name", "series"))
+        spec = spec.naming(name, series, Path(self.where).parent)
         changes = {key: json.dumps(value) for key, value in self.viommu.items()}
         return replace(
             given,

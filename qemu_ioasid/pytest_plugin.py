@@ -14,13 +14,12 @@ import re
 import sys
 import time
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qemu_ioasid import config, matrix, process
+from qemu_ioasid import config, kernel, matrix, process
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.errors import (
     ConfigurationError,
@@ -63,7 +62,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--ioasid-qemu", default="auto", metavar="PROGRAM", help="the host VM's QEMU")
     add("--ioasid-accel", default="auto", choices=ACCELERATORS, help="kvm refuses to fall back")
     add("--ioasid-profile", default="default", choices=("default", "debug"), help="the kernel's")
-    add("--ioasid-series", type=Path, metavar="DIR", help="patch series for the kernel")
+    add("--ioasid-kernel", default="", metavar="NAME", help=kernel.FORMS)
+    add("--ioasid-series", default="", metavar="SERIES", help=kernel.SERIES_FORMS)
     add("--ioasid-report", type=Path, metavar="DIR", help="where failures are kept")
     add("--ioasid-matrix", type=Path, metavar="FILE", help="run each test over its combinations")
     add("--ioasid-keep-rig", action="store_true", help="save the rig of a test that failed")
@@ -119,11 +119,10 @@ def _pool(config: pytest.Config) -> Pool:
 
 def _options(config: pytest.Config) -> Options:
     spec = Spec(profile=config.getoption("--ioasid-profile"))
-    series = config.getoption("--ioasid-series")
     return Options(
         accelerator=config.getoption("--ioasid-accel"),
         qemu=config.getoption("--ioasid-qemu"),
-        kernel=replace(spec, series=series.absolute()) if series else spec,
+        kernel=spec.naming(*map(config.getoption, ("--ioasid-kernel", "--ioasid-series"))),
         start=Start(cold=config.getoption("--ioasid-cold")),
     )
 

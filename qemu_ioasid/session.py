@@ -194,7 +194,8 @@ def check_local(options: Options) -> None:
     for option, given in (
         ("--append", bool(options.append)),
         ("--profile", options.kernel.profile != "default"),
-        ("--series", options.kernel.series != kernel.Spec().series),
+        ("--kernel", bool(options.kernel.source)),
+        ("--series", bool(options.kernel.series)),
         ("--mutant", options.kernel.mutant is not None),
         ("--set host", any(key.partition(".")[0] == "host" for key in options.changes)),
     ):

@@ -45,7 +45,7 @@ def test_every_attack_is_on_the_page() -> None:
 
 
 def test_the_page_names_functions_of_the_driver_there_are() -> None:
-    series = kernel.Spec().series
+    series = kernel.SERIES
     text = "".join(patch.read_text() for patch in series.glob("*.patch"))
     named = set(re.findall(r"`(pdma_\w+)\(\)`", PAGE))
     assert len(named) > 5
@@ -69,8 +69,8 @@ def test_every_attack_is_stopped(command: Command) -> None:
 @pytest.fixture
 def released(tmp_path: Path) -> Path:
     """Our series without its first patch: VFIO as it was released."""
-    series = tmp_path / kernel.Spec().series.name
-    shutil.copytree(kernel.Spec().series, series)
+    series = tmp_path / kernel.SERIES.name
+    shutil.copytree(kernel.SERIES, series)
     first, *others = (series / "series").read_text().splitlines()
     assert "vfio-undo-the-attach" in first
     (series / "series").write_text("\n".join([*others, ""]))

@@ -93,7 +93,7 @@ def test_a_report_folder_in_use_keeps_what_is_in_it(command: Command, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "folder", ["/etc/passwd/x", "/etc/passwd/a/b", "/proc/x", "/nonesuch/../proc/y"]
+    "folder", ["/etc/passwd/x", "/etc/passwd/a/b", "/proc/x", f"none/{'../' * 20}proc/y"]
 )
 def test_a_report_folder_that_cannot_be(command: Command, folder: str) -> None:
     ended = command("run", "--report", folder)
@@ -109,7 +109,7 @@ def test_a_system_qemu_that_is_broken_is_passed_over(command: Command, tmp_path:
     ended = command("run", "--accel", "tcg", "--series", "none", "--report", "r", PATH=path)
     assert ended.code == 2
     assert "does not work as a QEMU" in ended.out
-    assert "a series folder is named after its kernel" in ended.err
+    assert "series none: must be one of" in ended.err
 
 
 def test_no_runtime_folder(command: Command, tmp_path: Path) -> None:

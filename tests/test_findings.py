@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from qemu_ioasid import kernel
-from qemu_ioasid.kernel.tree import read_series
+from qemu_ioasid.kernel.series import listed
 from qemu_ioasid.scenarios import SCENARIOS
 from qemu_ioasid.scenarios.findings import FINDINGS, PREFIX
 from tests.conftest import Command
@@ -31,7 +31,7 @@ def test_each_says_where_it_is_what_it_does_and_how_to_mend_it() -> None:
 
 
 def test_a_patch_that_mends_one_is_in_the_series() -> None:
-    patches = [path.name for path in read_series(kernel.Spec().series)]
+    patches = [path.name for path in listed(kernel.SERIES)]
     for finding in FINDINGS:
         if finding.fix:
             assert len(fnmatch.filter(patches, finding.fix)) == 1, finding.name
@@ -47,7 +47,7 @@ def test_the_cheapest_two_are_as_the_page_says(command: Command) -> None:
 
 def test_a_series_that_mends_one_is_told_from_one_that_does_not(command: Command) -> None:
     """With --series the kernel is that series whole; ours mends it, and the bug is gone."""
-    ours = str(kernel.Spec().series)
+    ours = str(kernel.SERIES)
     ended = command("run", "--json", "finding-attach-copy-out", "--series", ours)
     assert ended.code == 0, ended.err
     assert ended.json()["checks"][0]["answered"].startswith("GONE; ")

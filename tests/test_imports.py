@@ -16,7 +16,7 @@ PACKAGE = Path(qemu_ioasid.__file__).parent
 #: From the top; modules on one floor do not import each other.
 FLOORS = (
     ("cli", "pytest_plugin", "avocado"),
-    ("bench", "lab", "mutants", "rigpool", "matrix"),
+    ("bench", "builds", "lab", "mutants", "rigpool", "matrix"),
     ("session", "terminal"),
     ("scenarios",),
     ("report",),

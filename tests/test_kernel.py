@@ -17,7 +17,8 @@ import pytest
 from qemu_ioasid import cache, kernel
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, ProcessFailed, RequirementError
-from qemu_ioasid.kernel import edited, make, options, source, tree
+from qemu_ioasid.kernel import make, options, series, source, tree
+from tests.conftest import Command
 
 _MAKEFILE = """\
 .RECIPEPREFIX = >
@@ -52,7 +53,7 @@ import sys
 from pathlib import Path
 from qemu_ioasid import kernel
 from qemu_ioasid.deadline import Deadline
-spec = kernel.Spec(series=Path(sys.argv[1]), fragments=Path(sys.argv[2]))
+spec = kernel.Spec(series=sys.argv[1], fragments=Path(sys.argv[2]))
 progress = lambda line: print(line, flush=True)
 print(kernel.build(spec, deadline=Deadline(60, "build"), progress=progress).cached)
 """
@@ -101,7 +102,7 @@ class Small:
 
     def build(self) -> kernel.Kernel:
         """Build it in this process."""
-        spec = kernel.Spec(series=self.series, fragments=self.fragments)
+        spec = kernel.Spec(series=str(self.series), fragments=self.fragments)
         return kernel.build(spec, deadline=Deadline(60, "build"), progress=self.lines.append)
 
     def child(self) -> subprocess.Popen[str]:
@@ -259,11 +260,6 @@ def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         make.compiler(Deadline(9, "compiler"))
 
 
-def test_a_series_folder_has_a_version_for_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="named after its kernel"):
-        kernel.build(kernel.Spec(series=tmp_path), deadline=Deadline(9, "none"), progress=print)
-
-
 def test_every_fragment_says_why() -> None:
     for fragment in (kernel.PATCHES / "config").glob("*.config"):
         assert fragment.read_text().startswith("# "), fragment
@@ -336,14 +332,13 @@ def _edit_folder(tmp_path: Path) -> Path:
 
 def test_a_folder_of_series_edit_counts_as_it_stands(tmp_path: Path) -> None:
     folder = _edit_folder(tmp_path)
-    assert edited.is_one(folder) and not edited.is_one(kernel.Spec().series)
     (folder / "drivers/one.c").write_text("committed\n")
     subprocess.run(["git", "commit", "-qam", "one"], cwd=folder, check=True)
     (folder / "drivers/two.c").write_text("edited\n")
     (folder / "drivers/new.c").write_text("new\n")
     deadline = Deadline(30, "git")
-    version, patch = edited.read(folder, deadline)
-    assert version == "7.2"
+    assert series.base(str(folder), deadline) == series.base(str(kernel.SERIES), deadline) == "7.2"
+    (patch,) = series.patches(str(folder), deadline)
     status = subprocess.run(
         ["git", "status", "--short"], cwd=folder, capture_output=True, text=True
     ).stdout
@@ -368,4 +363,20 @@ def _pristine(tmp_path: Path) -> Path:
 def test_another_git_folder_is_no_series(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     with pytest.raises(ConfigurationError, match="neither a series of patches nor a folder"):
-        edited.read(tmp_path, Deadline(30, "git"))
+        series.base(str(tmp_path), Deadline(30, "git"))
+
+
+def test_gc_keeps_what_was_used_last(small: Small, command: Command) -> None:
+    first = small.build()
+    small.patch("3")
+    second = small.build()
+    os.utime(second.folder, (1, 1))
+    rows = command("kernel", "list", "--json").json()
+    assert [row["hash"] for row in rows] == [first.hash, second.hash]
+    assert all(row["bytes"] > 0 for row in rows)
+    assert second.hash in command("kernel", "gc", "--keep", "1").out
+    assert first.folder.is_dir() and not second.folder.exists()
+    kept = cache.entry("kernel-tree", "linux-source-7.2_7.2.99")
+    assert kept.is_dir()
+    told = command("kernel", "gc", "--keep", "0", "--json").json()
+    assert told["bytes"] > 0 and not kept.exists() and not first.folder.exists()

@@ -14,7 +14,7 @@ import pytest
 from qemu_ioasid import cache, kernel, mutants
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError
-from qemu_ioasid.kernel import Kernel, mutant, source, tree
+from qemu_ioasid.kernel import Kernel, mutant, series, source, tree
 from qemu_ioasid.mutants import table
 from tests.conftest import Command
 
@@ -40,11 +40,11 @@ def test_each_in_the_table_is_known_and_killed() -> None:
 
 
 def test_each_fits_the_series(tmp_path: Path, built_kernel: Kernel) -> None:
-    spec, deadline = kernel.Spec(), Deadline(60, "patches")
-    known = source.remembered(spec.series.name)
+    deadline = Deadline(60, "patches")
+    known = source.remembered(kernel.SERIES.name)
     assert known is not None
     kept = tree.Tree(cache.entry("kernel-tree", known.key))
-    patches = tree.read_series(spec.series)
+    patches = series.listed(kernel.SERIES)
     touched = [each.patch for each in MUTANTS] + patches
     whole = tmp_path / "whole"
     kept.lay_out({name for patch in touched for name in tree.names(patch)}, whole)

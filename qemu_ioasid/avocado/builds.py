@@ -41,7 +41,8 @@ class Builds(PreTest):
             options = settings.options(test_runnable)
         except ConfigurationError:
             return []
-        kernel = f"{options.kernel.series.name}-{options.kernel.profile}"
+        spec = options.kernel
+        kernel = "-".join(filter(None, [spec.source, spec.series, spec.profile]))
         names = {"ioasid-kernel": kernel, "ioasid-image": options.qemu}
         return [
             Runnable(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from avocado.core.nrunner.runnable import Runnable
@@ -24,7 +23,8 @@ PARAMETERS = {
     "qemu": ("auto", "the host VM's QEMU: auto, private (11.1), 10.0 or a program"),
     "accel": ("auto", "auto, kvm or tcg"),
     "profile": ("default", "the kernel's config profile: default or debug"),
-    "series": ("", "patch series for the kernel (default: ours)"),
+    "kernel": ("", f"which kernel: {kernel.FORMS}"),
+    "series": ("", f"what is laid over it: {kernel.SERIES_FORMS}"),
     "append": ("", "more for the host VM's kernel command line"),
 }
 #: What it may set beside them.
@@ -122,9 +122,7 @@ def options(runnable: Runnable) -> Options:
         key: varied.get(key) or runnable.config.get(f"{SECTION}.{key}") or default
         for key, (default, _) in (PARAMETERS | OTHERS).items()
     }
-    spec = kernel.Spec(profile=value["profile"])
-    if value["series"]:
-        spec = kernel.Spec(profile=spec.profile, series=Path(value["series"]).absolute())
+    spec = kernel.Spec(profile=value["profile"]).naming(value["kernel"], value["series"])
     found = reference.read(runnable.uri, value["scenario"]) if runnable.uri else None
     return Options(
         rig=found.rig if found else Options.rig,

@@ -8,12 +8,12 @@ so that a change of the driver compiles the driver only.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import functools
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -23,10 +23,16 @@ from typing import Any
 
 from qemu_ioasid import cache, erofs
 from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.errors import ConfigurationError
-from qemu_ioasid.kernel import edited, make, options, source, tree
+from qemu_ioasid.errors import ConfigurationError, DeadlineExceeded
+from qemu_ioasid.kernel import make, options, ready, source, tree
+from qemu_ioasid.kernel import origin as origins
+from qemu_ioasid.kernel import series as serieses
+from qemu_ioasid.kernel.origin import Origin
 
 PATCHES = Path(__file__).resolve().parents[2] / "kernel-patches"
+#: The series that is laid over a kernel that has not what it brings (`_OURS` is a part of that).
+SERIES = PATCHES / "7.2"
+_OURS = "drivers/vfio/pdma/Makefile"
 #: Changes with the way a kernel is made of the same inputs.
 _VERSION = "2"
 _DEBUG = "debug"
@@ -34,19 +40,23 @@ _MUTANT = "mutant"
 #: The kernels with a mutant, 40 MB each, are kept as long as so many were not used later.
 MUTANTS_KEPT = 80
 
+#: How kernels and series are named on a command line.
+FORMS, SERIES_FORMS = origins.FORMS, serieses.FORMS
+
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Which kernel. *series* is a folder named after its base version, ``7.2`` for example.
+    """Which kernel, by words as `origin.FORMS` and `series.FORMS` have them."""
 
-    Or one that ``ci/series edit`` made: then what stands in it counts, committed or not.
-    """
+    #: "": Debian's, of the version that the series is for.
+    source: str = ""
+    #: "": ours, on a kernel that has it not.
+    series: str = ""
 
     #: ``default``, or ``debug`` (lockdep, KASAN; slow).
     profile: str = "default"
-    series: Path = PATCHES / "7.2"
     #: Patches of the series that are left out, by shell globs of their names.
     without: tuple[str, ...] = ()
     #: One more patch on top of the series, for the host VM's kernel (`mutant`).
@@ -55,6 +65,18 @@ class Spec:
     #: Ask the archive for a newer source package, although one is here.
     update: bool = False
     jobs: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+
+    def naming(self, source: str, series: str, folder: Path | None = None) -> Spec:
+        """This one, but of the kernel and the series that are named; paths count from *folder*.
+
+        An empty word changes nothing.
+        """
+        place = folder or Path.cwd()
+        return dataclasses.replace(
+            self,
+            source=origins.anchored(source, place) or self.source,
+            series=serieses.anchored(series, place) or self.series,
+        )
 
 
 @dataclass(frozen=True)
@@ -122,24 +144,55 @@ def build(spec: Spec, *, deadline: Deadline, progress: Progress) -> Kernel:
     """
     if spec.profile not in ("default", _DEBUG):
         raise ConfigurationError(f"kernel profile {spec.profile}: there are default and {_DEBUG}")
-    recipe = _Recipe(spec, make.compiler(deadline), deadline)
-    base = recipe.base
-    known = None if spec.update else source.remembered(base)
-    if known is not None:
-        return recipe.get(known, deadline, progress)
+    kind, _, rest = spec.source.partition(":")
+    if kind == "image":
+        return _ready(rest, spec, deadline)
+    compiler = make.compiler(deadline)
+    word = spec.source
+    if not word:
+        base = serieses.base(spec.series, deadline) if spec.series else None
+        word = f"debian:{base or SERIES.name}"
     refused: ConfigurationError | None = None
-    for candidate in source.offered(base, deadline):
+    for origin in origins.find(word, spec.update, deadline, progress):
         try:
-            kernel = recipe.get(candidate, deadline, progress)
+            kernel = _Recipe(spec, origin, compiler, deadline).get(deadline, progress)
         except tree.PatchRefused as error:
             refused = refused or error
-            progress(f"the series does not apply to {candidate}")
+            progress(f"the series does not apply to {origin}")
             continue
-        if candidate.package != f"linux-source-{base}":
-            progress(f"the archive has no linux-source-{base}: built {candidate} instead")
+        if isinstance(origin, origins.Debian):
+            source.remember(word.removeprefix("debian:"), origin.fetched)
+            if origin.base != word.removeprefix("debian:"):
+                progress(f"the archive has no linux-source-{base}: built {origin} instead")
         return kernel
     assert refused is not None
     raise refused
+
+
+def _ready(word: str, spec: Spec, deadline: Deadline) -> Kernel:
+    """The image that *word* names, kept as one of ours is; it has no headers and no symbols."""
+    if spec.series or spec.mutant or spec.profile != "default":
+        raise ConfigurationError(f"image:{word}: is built: no series, mutant or profile for it")
+    found = ready.read(word)
+    ready.check(found, spec.fragments)
+
+    def keep(folder: Path) -> None:
+        shutil.copy(found.image, folder / "vmlinux")
+        (folder / "config").write_text(
+            "".join(f"{name}={value}\n" for name, value in found.config.items())
+        )
+        _pack(folder, found.modules, deadline)
+        told = {
+            "release": found.release,
+            "source": f"image {found.image.name}",
+            "source_hash": found.content,
+            "series_hash": cache.digest(),
+            "profile": "",
+        }
+        (folder / "provenance.json").write_text(json.dumps(told, indent=1) + "\n")
+
+    key = cache.digest(_VERSION, "image", found.content)
+    return _load(*cache.get_or_build("kernel", key, keep, deadline=deadline))
 
 
 def cached() -> list[Kernel]:
@@ -149,6 +202,24 @@ def cached() -> list[Kernel]:
     return [_load(folder, True) for folder in folders]
 
 
+def collect(kept: int) -> dict[Path, int]:
+    """Remove all kernels but the *kept* that were used last, and trees that none left is of.
+
+    What was removed, with its size in bytes. A tree that is being built in stays.
+    """
+    removed = {**cache.prune("kernel", kept), **cache.prune(_MUTANT, 0)}
+    needed = {json.loads(each.provenance.read_text()).get("tree") for each in cached()}
+    for kind in ("kernel-tree", "kernel-git"):
+        for folder in sorted((cache.root() / kind).glob("[!.]*")):
+            lock = folder.parent / f".{folder.name}.work"
+            with contextlib.suppress(DeadlineExceeded):
+                if folder.name not in needed:
+                    with cache.locked(lock, Deadline(0.1, "removal of a tree")):
+                        removed[folder] = cache.size(folder)
+                        shutil.rmtree(folder, ignore_errors=True)
+    return removed
+
+
 def _load(folder: Path, was_there: bool) -> Kernel:
     told: dict[str, Any] = json.loads((folder / "provenance.json").read_text())
     names = ("release", "source", "series_hash", "profile")
@@ -156,25 +227,17 @@ def _load(folder: Path, was_there: bool) -> Kernel:
 
 
 class _Recipe:
-    """All inputs but the source, read once: what is hashed is what is built."""
+    """All inputs, read once: what is hashed is what is built."""
 
-    def __init__(self, spec: Spec, compiler: str, deadline: Deadline) -> None:
+    def __init__(self, spec: Spec, origin: Origin, compiler: str, deadline: Deadline) -> None:
         self.spec = spec
+        self.origin = origin
         self.compiler = compiler
-        if edited.is_one(spec.series):
-            self.base, patch = edited.read(spec.series, deadline)
-            self.patches = [patch]
-        else:
-            self.base = spec.series.name
-            if re.fullmatch(r"\d+\.\d+", self.base) is None:
-                raise ConfigurationError(
-                    f"{spec.series}: a series folder is named after its kernel, 7.2 for example"
-                )
-            self.patches = [
-                patch
-                for patch in tree.read_series(spec.series)
-                if not any(fnmatch.fnmatchcase(patch.name, glob) for glob in spec.without)
-            ]
+        self.patches = [
+            patch
+            for patch in _patches(spec.series, origin, deadline)
+            if not any(fnmatch.fnmatchcase(patch.name, glob) for glob in spec.without)
+        ]
         if spec.mutant is not None:
             self.patches.append(spec.mutant)
         self.series_hash = cache.digest(*[patch.read_bytes() for patch in self.patches])
@@ -183,45 +246,34 @@ class _Recipe:
         self.options = options.read(self.fragments)
         self.kind = "kernel" if spec.mutant is None else _MUTANT
 
-    def get(self, wanted: source.Source, deadline: Deadline, progress: Progress) -> Kernel:
-        """The kernel of this recipe and the source *wanted*."""
-        fetched, deb = source.fetch(wanted, deadline, progress)
+    def get(self, deadline: Deadline, progress: Progress) -> Kernel:
+        """The kernel."""
         asked = "\n".join(f"{option.name}={option.value}" for option in self.options)
-        key = cache.digest(_VERSION, fetched.sha256, self.series_hash, asked, self.compiler)
+        key = cache.digest(_VERSION, self.origin.content, self.series_hash, asked, self.compiler)
         path, was_there = cache.get_or_build(
             self.kind,
             key,
-            lambda folder: self._build(fetched, deb, folder, deadline, progress),
+            lambda folder: self._build(folder, deadline, progress),
             deadline=deadline,
             on_wait=lambda: progress("waiting for another build of the same kernel"),
         )
-        source.remember(self.base, fetched)
+        # What is used last is kept longest.
+        os.utime(path)
         if self.kind == _MUTANT:
-            os.utime(path)
             cache.prune(_MUTANT, MUTANTS_KEPT)
         return _load(path, was_there)
 
-    def _build(
-        self,
-        fetched: source.Source,
-        deb: Path,
-        folder: Path,
-        deadline: Deadline,
-        progress: Progress,
-    ) -> None:
+    def _build(self, folder: Path, deadline: Deadline, progress: Progress) -> None:
         started = time.monotonic()
-        place = cache.entry("kernel-tree", fetched.key)
-
-        def unpack(new: Path) -> None:
-            progress(f"unpacking {fetched}")
-            tree.unpack(deb, new / "src", deadline)
-
-        waiting = functools.partial(progress, f"waiting for another build in the tree of {fetched}")
-        cache.get_or_build("kernel-tree", fetched.key, unpack, deadline=deadline, on_wait=waiting)
-        lock = cache.locked(place.parent / f".{fetched.key}.work", deadline, waiting)
+        kept = origins.laid_out(self.origin, deadline, progress)
+        place = kept.folder
+        waiting = functools.partial(
+            progress, f"waiting for another build in the tree of {self.origin}"
+        )
+        lock = cache.locked(place.parent / f".{place.name}.work", deadline, waiting)
         with cache.explained(place), lock:
+            self.origin.renew(kept, deadline)
             progress(f"applying {len(self.patches)} patches")
-            kept = tree.Tree(place)
             kept.apply(self.patches, deadline)
             built = make.Build(kept.src, place / f"build-{self.spec.profile}", self.spec.jobs)
             progress(f"configuring: {len(self.options)} options asked for")
@@ -231,9 +283,9 @@ class _Recipe:
             _collect(built, folder, deadline)
         told = {
             "release": built.release(),
-            "source": str(fetched),
-            "source_sha256": fetched.sha256,
-            "suite": fetched.suite,
+            "source": str(self.origin),
+            "source_hash": self.origin.content,
+            "tree": self.origin.key,
             "series": [path.name for path in self.patches],
             "series_hash": self.series_hash,
             "profile": self.spec.profile,
@@ -245,16 +297,29 @@ class _Recipe:
         (folder / "provenance.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
+def _patches(word: str, origin: Origin, deadline: Deadline) -> list[Path]:
+    """What is laid over *origin*: the series *word*, or ours where that has it not."""
+    if word:
+        repository = getattr(origin, "repository", None)
+        return serieses.patches(word, deadline, repository)
+    own = PATCHES / origin.base
+    return [] if origin.has(_OURS) else serieses.listed(own if own.is_dir() else SERIES)
+
+
 def _collect(built: make.Build, folder: Path, deadline: Deadline) -> None:
     """Copy what is kept of a finished build into *folder*."""
     for name, kept in (("vmlinux", "vmlinux"), (".config", "config"), ("System.map", "System.map")):
         shutil.copy(built.out / name, folder / kept)
     shutil.copytree(built.out / "usr/include", folder / "headers/include", ignore=_not_headers)
+    _pack(folder, built.modules(), deadline)
+
+
+def _pack(folder: Path, modules: list[Path], deadline: Deadline) -> None:
+    """Make the disks of the kernel in *folder*."""
     with cache.scratch("kernel") as scratch:
         shutil.copy(folder / "vmlinux", scratch / "vmlinuz")
         erofs.pack(scratch, folder / "kernel.erofs", deadline=deadline)
     with cache.scratch("kernel") as scratch:
-        modules = built.modules()
         for module in modules:
             shutil.copy(module, scratch)
         (scratch / "order").write_text("".join(f"{module.name}\n" for module in modules))

@@ -23,28 +23,12 @@ from qemu_ioasid.errors import ConfigurationError, ProcessFailed, RequirementErr
 
 # A third of the unpacked bytes, and no file of them is opened by a build of ours.
 _LEFT_OUT = "*/drivers/gpu/drm/*/*.[ch]"
+_VERSION = re.compile(r"^(VERSION|PATCHLEVEL) *= *(\d+)$", re.MULTILINE)
 _NAMED = re.compile(r"^(?:--- a/|\+\+\+ b/|rename (?:from|to) )([^\t\n]+)", re.MULTILINE)
 
 
 class PatchRefused(ConfigurationError):
     """A patch does not apply to this source."""
-
-
-def read_series(folder: Path) -> list[Path]:
-    """The patches that ``folder/series`` names, in order.
-
-    Raises ConfigurationError when it or a patch is missing.
-    """
-    try:
-        lines = (folder / "series").read_text().splitlines()
-    except OSError as error:
-        raise ConfigurationError(f"{folder / 'series'}: {error.strerror}") from None
-    names = [line.partition("#")[0].strip() for line in lines]
-    patches = [folder / name for name in names if name]
-    for patch in patches:
-        if not patch.is_file():
-            raise ConfigurationError(f"{folder / 'series'}: {patch.name}: no such patch")
-    return patches
 
 
 def unpack(deb: Path, src: Path, deadline: Deadline) -> None:
@@ -67,10 +51,19 @@ def unpack(deb: Path, src: Path, deadline: Deadline) -> None:
         raise ProcessFailed(argv, 1, f"{deb}: holds no kernel source")
 
 
+def version_of(makefile: str, where: str) -> str:
+    """``7.2`` of a kernel's top Makefile; raises ConfigurationError for another's, of *where*."""
+    found = dict(_VERSION.findall(makefile))
+    if set(found) != {"VERSION", "PATCHLEVEL"}:
+        raise ConfigurationError(f"{where}: holds no kernel source: its Makefile says no VERSION")
+    return f"{found['VERSION']}.{found['PATCHLEVEL']}"
+
+
 class Tree:
     """The folder of one source; the caller holds its lock."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.src = folder / "src"
         self._originals = folder / "originals"
         self._record = folder / "touched.json"
@@ -90,6 +83,18 @@ class Tree:
             self._keep_originals(named, touched)
             for name in touched:
                 _put(self._wanted(name, named, touched, scratch), self.src / name)
+
+    def forget(self, deadline: Deadline) -> None:
+        """Make ``src`` the source as it came, and know of no series: it may come anew."""
+        self.apply([], deadline)
+        self._record.unlink(missing_ok=True)
+        shutil.rmtree(self._originals, ignore_errors=True)
+
+    def pristine(self, name: str) -> str:
+        """The text of a file as the source has it; empty without one."""
+        touched = self._touched()
+        path = self._pristine(name, touched)
+        return path.read_text(errors="replace") if touched.get(name, path.is_file()) else ""
 
     def lay_out(self, named: Iterable[str], folder: Path) -> None:
         """Copy the files *named* to *folder* as the package has them, if it has them."""
@@ -157,11 +162,15 @@ def _put(content: bytes | None, path: Path) -> None:
 
 def lay_over(patch: Path, folder: Path, deadline: Deadline) -> None:
     """Apply *patch* to the files in *folder*; raises PatchRefused where it does not fit exactly."""
-    options = ["-p1", "--silent", "--force", "--fuzz=0", "--no-backup-if-mismatch", "-r-"]
+    options = ["-p1", "--force", "--fuzz=0", "--no-backup-if-mismatch", "-r-"]
     try:
         process.run(["patch", *options, "-d", str(folder), "-i", str(patch)], deadline=deadline)
     except ProcessFailed as failed:
-        first = next((line for line in failed.evidence.splitlines() if line.strip()), "")
-        raise PatchRefused(f"{patch}: does not apply: {first}", evidence=failed.evidence) from None
+        said = failed.evidence.splitlines()
+        # "patching file X", then each of its hunks that does not fit.
+        at = next((at for at, line in enumerate(said) if "FAILED" in line), 0)
+        files = [line.removeprefix("patching file ") for line in said[:at] if "file" in line]
+        where = ": ".join([*files[-1:], *said[at : at + 1]])
+        raise PatchRefused(f"{patch}: does not apply: {where}", evidence=failed.evidence) from None
     except RequirementError:
         raise RequirementError("patch is missing: install patch") from None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qemu_ioasid import config
+from qemu_ioasid import config, kernel
 from qemu_ioasid.session import Options
 from qemu_ioasid.terminal import Terminal
 
@@ -80,10 +80,7 @@ def _add_lives(
         "reload", parents=[plain], help="build the driver anew, swap it, boot the guests again"
     )
     reload.add_argument(
-        "--series",
-        type=Path,
-        metavar="DIR",
-        help="patch series or folder of ci/series edit, from now on",
+        "--series", default="", metavar="SERIES", help=f"{kernel.SERIES_FORMS}, from now on"
     )
     reload.set_defaults(handler=_later("reload"))
 

@@ -84,9 +84,7 @@ def up(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 def reopen(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Start a lab from the rig that was kept in a report."""
-    spec = Spec(profile=arguments.profile)
-    if arguments.series is not None:
-        spec = replace(spec, series=arguments.series.absolute())
+    spec = Spec(profile=arguments.profile).naming(arguments.kernel, arguments.series)
     report = arguments.report.absolute() if arguments.report else None
     order = Order(
         arguments.name or place.DEFAULT,
@@ -147,8 +145,8 @@ def _tell(told: Json, terminal: Terminal) -> None:
 
 def reload(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Swap the driver."""
-    series = str(arguments.series.absolute()) if arguments.series else None
-    swapped = _Lab(arguments, terminal).ask("reload", series=series)["swapped"]
+    told = Spec().naming("", arguments.series).series
+    swapped = _Lab(arguments, terminal).ask("reload", series=told)["swapped"]
     what = f"swapped {', '.join(swapped)}" if swapped else "the driver is the one that runs"
     terminal.say(what)
     return 0

@@ -11,7 +11,6 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from qemu_ioasid.deadline import Deadline
@@ -191,10 +190,10 @@ class Service:
 
     # Another rig
 
-    def reload(self, wire: Wire, life: Life, series: str | None) -> Json:
+    def reload(self, wire: Wire, life: Life, series: str) -> Json:
         """See `swap.reload`; *series* counts from now on."""
-        if series is not None:
-            self._spec = replace(self._spec, series=Path(series))
+        if series:
+            self._spec = replace(self._spec, series=series)
         life.awake()
         swapped = swap.reload(life, self._spec, self._phase, self._audience.output)
         return {"swapped": swapped}

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qemu_ioasid import mutants, session
+from qemu_ioasid import kernel, mutants, session
 from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.kernel import mutant
 from qemu_ioasid.mutants import table
@@ -47,7 +47,10 @@ def add(commands: Commands, make_output: Callable[[Terminal], Output]) -> None:
         "--write", action="store_true", help="enter what came of them in docs/mutants.md"
     )
     command.add_argument(
-        "--series", type=Path, metavar="DIR", help="what they are laid over (default: ours)"
+        "--series",
+        default="",
+        metavar="SERIES",
+        help=f"under them: {kernel.SERIES_FORMS}",
     )
     command.add_argument("--json", action="store_true", help="print JSON on standard output, alone")
     command.add_argument("--report", type=Path, metavar="DIR", help="where the reports go")
@@ -64,7 +67,7 @@ def _run(arguments: argparse.Namespace, terminal: Terminal, output: Output) -> i
         raise ConfigurationError("the mutants and their table are in a checkout only")
     stages = mutants.suite(arguments.stage)
     folder = session.report_folder(arguments.report, "mutants")
-    words = ["--series", str(arguments.series.absolute())] if arguments.series else []
+    words = ["--series", arguments.series] if arguments.series else []
     terminal.begins("mutants")
     results = mutants.run(
         chosen, stages, words, max(1, arguments.jobs), folder, output, table.killers()
