@@ -24,19 +24,18 @@ void slot_end(struct slot *slot, unsigned int space, enum state state)
 bool slot_named(struct slot *slot, uint64_t before, uint64_t after,
 		unsigned int space)
 {
-	uint64_t count = WORD_COUNT(before);
+	uint64_t count = WORD_COUNT(before), first;
 
 	if (before == after && WORD_STATE(before) != CHANGING)
 		return WORD_STATE(before) == ALIVE && WORD_SPACE(before) == space;
 	/* A change is from the space before it */
 	if (WORD_STATE(before) == CHANGING)
 		count--;
-	if (WORD_COUNT(after) - count >= HISTORY)
-		return true;
-	for (; count <= WORD_COUNT(after); count++)
+	for (first = count; count <= WORD_COUNT(after); count++)
 		if (atomic_load(&slot->named[count % HISTORY]) == space)
 			return true;
-	return false;
+	/* What has changed since may be where that was: then nobody can tell */
+	return WORD_COUNT(atomic_load(&slot->word)) + 1 - first >= HISTORY;
 }
 
 /* Rule 5: what another iommufd has registered meanwhile, all the time, it has */

@@ -55,7 +55,7 @@ enum state { DEAD, ALIVE, CHANGING };
 #define WORD_STATE(word)	((enum state)((word) & 0xff))
 #define WORD_SPACE(word)	((unsigned int)((word) >> 8 & 0xff))
 #define WORD_COUNT(word)	((word) >> 16)
-#define HISTORY			16
+#define HISTORY			256
 
 struct slot {
 	pthread_mutex_t lock;		/* who changes it */
