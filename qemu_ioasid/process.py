@@ -167,6 +167,12 @@ class Child:
         """The exit code (negative: a signal), or None while it runs."""
         return self.popen.poll()
 
+    def ended_within(self, seconds: float) -> int | None:
+        """As `poll`, after *seconds* at most."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.popen.wait(seconds)
+        return None
+
     def wait(self, deadline: Deadline) -> int:
         """The exit code; raises DeadlineExceeded, and the child lives on."""
         try:

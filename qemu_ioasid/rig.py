@@ -287,8 +287,11 @@ class Rig:
         self.check_consoles(seen)
 
 
-def _check_features(host: HostMachine) -> None:
-    missing = [option for name, option in FEATURES.items() if not host.hello["kernel"].get(name)]
+def _check_features(host: HostMachine, config: RigConfig) -> None:
+    wanted = dict(FEATURES)
+    if not config.mdevs:
+        del wanted["mdev_type"]
+    missing = [option for name, option in wanted.items() if not host.hello["kernel"].get(name)]
     if missing:
         raise RequirementError(
             f"kernel {host.hello['release']} lacks {', '.join(missing)} for the host VM"
@@ -343,7 +346,7 @@ def furnished(
     with contextlib.ExitStack() as stack:
         rig = Rig(config, host, logs)
         stack.enter_context(_console_verdict(rig))
-        _check_features(host)
+        _check_features(host, config)
         stack.enter_context(assembled(rig, place, uuids, phase))
         yield rig
 

@@ -17,7 +17,7 @@ PACKAGE = Path(qemu_ioasid.__file__).parent
 FLOORS = (
     ("cli", "pytest_plugin", "avocado"),
     ("bench", "builds", "lab", "mutants", "rigpool", "matrix"),
-    ("session", "terminal"),
+    ("session", "terminal", "runs"),
     ("scenarios",),
     ("report",),
     ("standby", "localhost", "hostdevice", "requirement"),

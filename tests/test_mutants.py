@@ -7,7 +7,6 @@ That every one is killed is what `qemu-ioasid mutants` shows, in half an hour.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -109,29 +108,17 @@ def test_what_killed_it_the_last_time_is_tried_first() -> None:
     assert one == suite[-1] and others == suite[:-1]
 
 
-def test_what_kills() -> None:
-    """A failed check, or what a kernel reported; never a rig that failed, nor a slow machine."""
-    none: dict[str, Any] = {"checks": [], "error": None}
-    failed = {"checks": [{"name": "x", "verdict": "fail"}], "error": None}
-    broke = {"checks": [], "error": {"message": "", "kind": "KernelBroke"}}
-    late = {"checks": [], "error": {"message": "", "kind": "BootError"}}
-    assert mutants.kills(1, failed) and mutants.kills(5, broke)
-    assert not mutants.kills(1, none), "a Python that broke ends with 1, too"
-    assert not mutants.kills(4, failed)
-    assert not mutants.kills(5, late)
-
-
 def test_the_suite_tells_a_mutant_from_the_control(command: Command) -> None:
     """One is killed by a check, one by what the kernel says, and the control is not."""
     ended = command(
-        *("mutants", "--json", "--report", "report", "--stage", "isolation"),
+        *("mutants", "--json", "--report", "report", "--stage", "flight"),
         *("harmless", "no-list-check", "bug-in-submit"),
     )
     assert ended.code == 0, ended.err
     found = {each["name"]: each for each in ended.json()["mutants"]}
     assert found["harmless"]["verdict"] == "survived"
     assert found["no-list-check"]["verdict"] == "killed"
-    assert found["no-list-check"]["by"] == "isolation: unregistered-a"
+    assert found["no-list-check"]["by"] == "flight: detach"
     assert found["bug-in-submit"]["verdict"] == "killed"
     assert "kernel BUG at" in found["bug-in-submit"]["by"]
     assert found["bug-in-submit"]["code"] == 5

@@ -204,7 +204,7 @@ def test_a_mail_in_base64(linux: Path, tmp_path: Path, deadline: Deadline) -> No
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("nonesuch", "must be one of a folder"),
+        ("nonesuch", "must be one of none"),
         ("HEAD..HEAD", "needs a git repository"),
         ("{linux}:HEAD..HEAD", "has no commit in it"),
         ("{linux}:a..b", "series .*linux: "),

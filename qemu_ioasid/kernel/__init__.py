@@ -36,6 +36,8 @@ _OURS = "drivers/vfio/pdma/Makefile"
 #: Changes with the way a kernel is made of the same inputs.
 _VERSION = "2"
 _DEBUG = "debug"
+#: The fragment of what the series brings.
+_DRIVER = "pdma"
 _MUTANT = "mutant"
 #: The kernels with a mutant, 40 MB each, are kept as long as so many were not used later.
 MUTANTS_KEPT = 80
@@ -241,8 +243,10 @@ class _Recipe:
         if spec.mutant is not None:
             self.patches.append(spec.mutant)
         self.series_hash = cache.digest(*[patch.read_bytes() for patch in self.patches])
+        ours = origin.has(_OURS) or any(_OURS in tree.names(patch) for patch in self.patches)
+        left_out = {_DEBUG: spec.profile != _DEBUG, _DRIVER: not ours}
         found = sorted(spec.fragments.glob("*.config"))
-        self.fragments = [path for path in found if path.stem != _DEBUG or spec.profile == _DEBUG]
+        self.fragments = [path for path in found if not left_out.get(path.stem)]
         self.options = options.read(self.fragments)
         self.kind = "kernel" if spec.mutant is None else _MUTANT
 

@@ -14,7 +14,9 @@ from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, ProcessFailed, RequirementError
 
 #: How a series is named on a command line.
-FORMS = "a folder with a file series, one of ci/series edit, an mbox, a patch, [REPOSITORY:]A..B"
+FORMS = "none, a folder (series, ci/series edit), an mbox, a patch, [REPOSITORY:]A..B"
+#: Nothing is laid over it.
+NONE = "none"
 #: What ``ci/series edit`` leaves there: the kernel's version, and the untouched files' commit.
 _KERNEL = "qemu-ioasid.kernel"
 _BASE = "base"
@@ -24,7 +26,7 @@ _RANGE = re.compile(r"(?:(?P<where>.+):)?(?P<range>[^:]*\.\.[^:]*)")
 def anchored(word: str, folder: Path) -> str:
     """*word* with its path, which counts from *folder*, made absolute."""
     path = folder.absolute() / word
-    if word and path.exists():
+    if word and word != NONE and path.exists():
         return str(path)
     found = _RANGE.fullmatch(word)
     if found is None:
@@ -52,6 +54,8 @@ def patches(word: str, deadline: Deadline, repository: Path | None = None) -> li
     no series, RequirementError without git where it takes git.
     """
     path = Path(word)
+    if word == NONE:
+        return []
     if _edited(path):
         return [_as_it_stands(path, deadline)]
     if path.is_dir():

@@ -8,11 +8,8 @@ the cheapest first, until a check fails or the kernel breaks.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,18 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from qemu_ioasid import config, process, scenarios
+from qemu_ioasid import config, runs, scenarios
 from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.errors import ConfigurationError, KernelBroke
+from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.kernel.mutant import Mutant
 from qemu_ioasid.process import Child
 from qemu_ioasid.session import Output
-from qemu_ioasid.text import visible
-
-#: For one scenario, its kernel's build and its rig's boot, in seconds of the reference machine.
-STAGE_SECONDS = 900.0
-#: How long a run that is interrupted may take to end its VMs and write its report.
-GRACE_SECONDS = 20.0
 
 #: *unclear*: the rig failed, and no scenario killed the mutant.
 Verdict = Literal["killed", "survived", "unclear"]
@@ -132,7 +123,7 @@ class _Trial:
         self._stage = Stage("")
         self._child: Child | None = None
         self._began = 0.0
-        self._deadline = Deadline(STAGE_SECONDS, "")
+        self._deadline = Deadline(runs.SECONDS, "")
 
     def close(self) -> None:
         """End the run under way."""
@@ -142,10 +133,6 @@ class _Trial:
     def _place(self) -> Path:
         return self._folder / " ".join(filter(None, [self._stage.name, self._stage.check]))
 
-    @property
-    def _log(self) -> Path:
-        return self._place.with_name(f"{self._place.name}.log")
-
     def late(self) -> bool:
         """Whether the run under way has had all the time it may have."""
         return self._deadline.elapsed() > self._deadline.seconds
@@ -153,18 +140,12 @@ class _Trial:
     def start(self) -> int:
         """Start the next run; gives an fd that is readable when it has ended."""
         self._stage = self._stages.popleft()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        argv = [sys.executable, "-m", "qemu_ioasid.cli", "run", self._stage.scenario]
-        argv += ["--cold", "--first", "--mutant", str(self._patch)]
-        argv += ["--profile", self._stage.profile, *self._stage.words, *self._words]
-        argv += ["--check", self._stage.check] if self._stage.check else []
-        argv += ["--report", str(self._place)]
+        words = [self._stage.scenario, "--cold", "--first", "--mutant", str(self._patch)]
+        words += ["--profile", self._stage.profile, *self._stage.words, *self._words]
+        words += ["--check", self._stage.check] if self._stage.check else []
         self._began = time.monotonic()
-        self._deadline = Deadline(STAGE_SECONDS, f"end of {self._stage.name}")
-        with open(self._log, "wb") as log:
-            self._child = self._stack.enter_context(
-                process.spawn(argv, stdout=log, stderr=subprocess.STDOUT, grace=GRACE_SECONDS)
-            )
+        self._deadline = Deadline(runs.SECONDS, f"end of {self._stage.name}")
+        self._child = self._stack.enter_context(runs.started(words, self._place))
         fd = os.pidfd_open(self._child.pid)
         self._stack.callback(os.close, fd)
         return fd
@@ -174,42 +155,19 @@ class _Trial:
         assert self._child is not None
         code = self._child.poll()
         self.close()
-        report: dict[str, Any] = {"phases": [], "checks": [], "error": None}
-        with contextlib.suppress(OSError, ValueError):
-            report = json.loads((self._place / "report.json").read_text())
-        built = sum(each["seconds"] for each in report["phases"] if each["name"] == "kernel")
+        found = runs.found(code, self._place)
+        built = found.seconds("kernel")
         self.result.build_seconds += built
         self.result.seconds += time.monotonic() - self._began - built
-        why = self._why(report)
-        if code is None:
-            code, why = 4, self._deadline.exceeded().message
-        killed = kills(code, report)
-        if code and not (self._stage.check and not killed):
+        # A VM that did not come up may be a slow machine's.
+        killed = found.verdict == "failed" or found.reported
+        if code != 0 and not (self._stage.check and not killed):
             self.result.verdict = "killed" if killed else "unclear"
-            self.result.by = f"{self._stage.name}: {why}"
+            self.result.by = f"{self._stage.name}: {found.why}"
             # An exit code of a Python that broke, or of a signal, is a failure of ours.
-            self.result.code = code if killed or code > 1 else 4
+            self.result.code = code if code is not None and (killed or code > 1) else 4
         # What one scenario could not tell another may; what the user got wrong, none.
         return killed or self.result.code in (2, 3, 130, 143) or not self._stages
-
-    def _why(self, report: dict[str, Any]) -> str:
-        failed = [check["name"] for check in report["checks"] if check["verdict"] == "fail"]
-        if failed:
-            return str(failed[0])
-        if report["error"]:
-            return visible(report["error"]["message"])[:80].strip()
-        return visible(self._log.read_text(errors="replace").strip().rpartition("\n")[2])[:200]
-
-
-def kills(code: int, report: dict[str, Any]) -> bool:
-    """Whether a run that ended so shows that its kernel is broken: a check failed, or it said so.
-
-    A VM that did not come up may be a slow machine's.
-    """
-    if code == 1:
-        return any(check["verdict"] == "fail" for check in report["checks"])
-    kind = (report["error"] or {}).get("kind")
-    return code == 5 and kind == KernelBroke.__name__
 
 
 def run(

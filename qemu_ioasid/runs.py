@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Runs of ours, each in a process of its own, and what they say of the kernel they ran."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qemu_ioasid import process
+from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.errors import ConfigurationError, KernelBroke, ProcessFailed
+from qemu_ioasid.kernel.tree import PatchRefused
+from qemu_ioasid.process import Child
+from qemu_ioasid.text import visible
+
+#: For one run, its kernel's build and its rig's boot, in seconds of the reference machine.
+SECONDS = 900.0
+#: How long a run that is interrupted may take to end its VMs and write its report.
+GRACE_SECONDS = 20.0
+#: How much of an error or of a log's last line tells why, in characters.
+WHY = 160
+
+#: *broke*: the kernel did not come up, or has reported something. *unbuildable*: there is no
+#: such kernel. *unknown*: the rig failed, and nothing is said about the kernel.
+Verdict = Literal["held", "failed", "broke", "unbuildable", "unknown"]
+_NO_KERNEL = (ProcessFailed.__name__, PatchRefused.__name__, ConfigurationError.__name__)
+_FULL = "No space left on device"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run that is over: its exit code (None: it was late), its report and its log."""
+
+    code: int | None
+    report: dict[str, Any]
+    folder: Path
+    log: Path
+
+    @property
+    def verdict(self) -> Verdict:
+        """What it says of the kernel."""
+        error = self.report["error"] or {}
+        if self.code == 0:
+            return "held"
+        if self.code == 1 and any(check["verdict"] == "fail" for check in self.report["checks"]):
+            return "failed"
+        if self.code == 5:
+            return "broke"
+        built = error.get("phase") != "kernel" or error.get("kind") not in _NO_KERNEL
+        return "unknown" if built or _FULL in error.get("evidence", "") else "unbuildable"
+
+    @property
+    def reported(self) -> bool:
+        """Whether the kernel has said itself that it is broken: no slow machine looks so."""
+        return self.code == 5 and (self.report["error"] or {}).get("kind") == KernelBroke.__name__
+
+    @property
+    def why(self) -> str:
+        """The first check that failed, or what the kernel or the rig said, in a line."""
+        if self.code is None:
+            return f"not over after {Deadline(SECONDS, '').seconds:.0f} s"
+        failed = [check["name"] for check in self.report["checks"] if check["verdict"] == "fail"]
+        if failed:
+            return str(failed[0])
+        if self.report["error"]:
+            return visible(self.report["error"]["message"])[:WHY].strip()
+        return visible(self.log.read_text(errors="replace").strip().rpartition("\n")[2])[:WHY]
+
+    def seconds(self, *phases: str) -> float:
+        """How long these phases took, or all."""
+        return sum(
+            float(each["seconds"])
+            for each in self.report["phases"]
+            if not phases or each["name"] in phases
+        )
+
+
+@contextlib.contextmanager
+def started(words: Sequence[str], folder: Path) -> Iterator[Child]:
+    """``qemu-ioasid run`` with *words*; its report goes to *folder*, its output beside that."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    argv = [sys.executable, "-m", "qemu_ioasid.cli", "run", *words, "--report", str(folder)]
+    with (
+        open(_log(folder), "wb") as log,
+        process.spawn(argv, stdout=log, stderr=subprocess.STDOUT, grace=GRACE_SECONDS) as child,
+    ):
+        yield child
+
+
+def found(code: int | None, folder: Path) -> Found:
+    """What the run that ended with *code* has left in *folder*."""
+    report: dict[str, Any] = {"phases": [], "checks": [], "error": None}
+    with contextlib.suppress(OSError, ValueError):
+        report = json.loads((folder / "report.json").read_text())
+    return Found(code, report, folder, _log(folder))
+
+
+def run(words: Sequence[str], folder: Path, progress: Callable[[str], None]) -> Found:
+    """Run to the end; *progress* gets the last line that it said, now and then."""
+    deadline = Deadline(SECONDS, "end of a run")
+    code = None
+    with started(words, folder) as child:
+        while code is None and deadline.elapsed() < deadline.seconds:
+            code = child.ended_within(1)
+            with contextlib.suppress(OSError):
+                last = _log(folder).read_text(errors="replace").strip().rpartition("\n")[2]
+                progress(visible(last.strip())[:WHY])
+    return found(code, folder)
+
+
+def _log(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
