@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from qemu_ioasid import bench, builds, config, kernel, process, report, scenarios, session
+from qemu_ioasid.bisect import command as bisect
 from qemu_ioasid.cache import explained
 from qemu_ioasid.errors import ConfigurationError, RigError
 from qemu_ioasid.kernel import mutant
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     common = _common()
     _add_run(commands, common)
     mutants.add(commands, _output)
+    bisect.add(commands, _output)
     _add_bench(commands, common)
     lab.add(commands, common, _add_start, _options)
     builds.add(commands, common, _spec)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command ``qemu-ioasid bisect``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qemu_ioasid import bisect, kernel, scenarios, session
+from qemu_ioasid.bisect import State
+from qemu_ioasid.session import Output
+from qemu_ioasid.terminal import Terminal
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add(commands: Commands, make_output: Callable[[Terminal], Output]) -> None:
+    """Add ``bisect``, and the step that it has git run."""
+    command = commands.add_parser("bisect", help="find the commit that broke a kernel")
+    command.add_argument("good", metavar="GOOD", help="a commit that holds")
+    command.add_argument("bad", metavar="BAD", help="one that does not")
+    command.add_argument(
+        "scenario", nargs="?", default="isolation", help="what is tried (isolation)"
+    )
+    command.add_argument(
+        "--tree", type=Path, default=Path(), metavar="PATH", help="the git tree (here)"
+    )
+    command.add_argument(
+        "--check", action="append", default=[], metavar="NAME", help="this check only"
+    )
+    command.add_argument("--series", default="", metavar="SERIES", help=kernel.SERIES_FORMS)
+    command.add_argument("--profile", default="default", choices=("default", "debug"))
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as for qemu-ioasid run"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON on standard output, alone")
+    command.add_argument("--report", type=Path, metavar="DIR", help="where the reports go")
+
+    def handler(arguments: argparse.Namespace, terminal: Terminal) -> int:
+        return _run(arguments, terminal, make_output(terminal))
+
+    command.set_defaults(handler=handler)
+    hidden = commands.add_parser("bisect-step")
+    hidden.add_argument("folder", type=Path)
+    hidden.set_defaults(handler=_step, json=True)
+
+
+def _words(arguments: argparse.Namespace) -> list[str]:
+    words = [scenarios.find(arguments.scenario) and arguments.scenario]
+    words += ["--profile", arguments.profile]
+    for name, values in (("--check", arguments.check), ("--set", arguments.set)):
+        for value in values:
+            words += [name, value]
+    series = kernel.Spec().naming("", arguments.series).series
+    return [*words, "--series", series] if series else words
+
+
+def _run(arguments: argparse.Namespace, terminal: Terminal, output: Output) -> int:
+    words = _words(arguments)
+    state, resumed = bisect.begin(arguments.tree, arguments.good, arguments.bad, words)
+    folder = session.report_folder(arguments.report, "bisect")
+    if resumed:
+        terminal.say(f"going on with the bisect that was interrupted: {len(state.answers)} known")
+        for answer in state.answers:
+            terminal.say(bisect.line(answer))
+    terminal.begins("bisect")
+    first, maybe = bisect.drive(state, output)
+    terminal.begins("")
+    document = _document(state, first, maybe)
+    (folder / "bisect.json").write_text(json.dumps(document, indent=2) + "\n")
+    shutil.copytree(state.folder / "runs", folder / "runs")
+    bisect.reset(state)
+    if arguments.json:
+        print(json.dumps(document, indent=2))
+    else:
+        _tell(document, terminal)
+        terminal.say(f"reports: {folder}")
+    return 0 if first else 1
+
+
+def _document(state: State, first: str, maybe: list[str]) -> dict[str, object]:
+    return {
+        "schema": 1,
+        "repository": str(state.repository),
+        "good": state.good,
+        "bad": state.bad,
+        "first_bad": first,
+        "maybe": maybe,
+        "boots": sum(answer.boots for answer in state.answers),
+        "seconds": round(sum(answer.seconds for answer in state.answers), 1),
+        "commits": [asdict(answer) for answer in state.answers],
+    }
+
+
+def _tell(document: dict[str, object], terminal: Terminal) -> None:
+    boots, seconds = document["boots"], document["seconds"]
+    first = str(document["first_bad"])
+    commits = document["commits"]
+    assert isinstance(commits, list)
+    found = next((each for each in commits if each["commit"] == first), None)
+    if found is not None:
+        terminal.say(f"first bad commit: {first[:12]} {found['subject']} ({found['why']})")
+    elif first:
+        # The bad end itself: nobody asked for it again.
+        terminal.say(f"first bad commit: {first[:12]}, the bad end itself")
+    else:
+        terminal.say(f"it is one of these, which could not be tried: {document['maybe']}")
+    terminal.say(f"{len(commits)} commits, {boots} boots, {seconds} s")
+
+
+def _step(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    return bisect.step(arguments.folder, lambda text: print(text, flush=True))
