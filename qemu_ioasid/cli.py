@@ -24,6 +24,7 @@ from qemu_ioasid.kernel import mutant
 from qemu_ioasid.lab import arguments as lab
 from qemu_ioasid.model import program
 from qemu_ioasid.mutants import command as mutants
+from qemu_ioasid.patchwise import command as patchwise
 from qemu_ioasid.qemu import ACCELERATORS
 from qemu_ioasid.report import VERDICTS, Report, counts
 from qemu_ioasid.scenarios import SCENARIOS
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands, common)
     mutants.add(commands, _output)
     bisect.add(commands, _output)
+    patchwise.add(commands, common, _spec, _output)
     _add_bench(commands, common)
     lab.add(commands, common, _add_start, _options)
     builds.add(commands, common, _spec)

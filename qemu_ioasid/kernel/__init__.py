@@ -28,6 +28,7 @@ from qemu_ioasid.kernel import make, options, ready, source, tree
 from qemu_ioasid.kernel import origin as origins
 from qemu_ioasid.kernel import series as serieses
 from qemu_ioasid.kernel.origin import Origin
+from qemu_ioasid.kernel.tree import Tree
 
 PATCHES = Path(__file__).resolve().parents[2] / "kernel-patches"
 #: The series that is laid over a kernel that has not what it brings (`_OURS` is a part of that).
@@ -131,6 +132,11 @@ class Kernel:
         return self.folder / "headers"
 
     @property
+    def warnings(self) -> list[str]:
+        """What the compiler warned of in the files that this build compiled."""
+        return list(json.loads(self.provenance.read_text()).get("warnings", ()))
+
+    @property
     def provenance(self) -> Path:
         """JSON: what it was made of, by what, when, in how many seconds."""
         return self.folder / "provenance.json"
@@ -150,10 +156,7 @@ def build(spec: Spec, *, deadline: Deadline, progress: Progress) -> Kernel:
     if kind == "image":
         return _ready(rest, spec, deadline)
     compiler = make.compiler(deadline)
-    word = spec.source
-    if not word:
-        base = serieses.base(spec.series, deadline) if spec.series else None
-        word = f"debian:{base or SERIES.name}"
+    word = _word(spec, deadline)
     refused: ConfigurationError | None = None
     for origin in origins.find(word, spec.update, deadline, progress):
         try:
@@ -163,12 +166,31 @@ def build(spec: Spec, *, deadline: Deadline, progress: Progress) -> Kernel:
             progress(f"the series does not apply to {origin}")
             continue
         if isinstance(origin, origins.Debian):
-            source.remember(word.removeprefix("debian:"), origin.fetched)
-            if origin.base != word.removeprefix("debian:"):
+            base = word.removeprefix("debian:")
+            source.remember(base, origin.fetched)
+            if origin.base != base:
                 progress(f"the archive has no linux-source-{base}: built {origin} instead")
         return kernel
     assert refused is not None
     raise refused
+
+
+def _word(spec: Spec, deadline: Deadline) -> str:
+    base = serieses.base(spec.series, deadline) if spec.series and not spec.source else None
+    return spec.source or f"debian:{base or SERIES.name}"
+
+
+def resolved(spec: Spec, *, deadline: Deadline, progress: Progress) -> tuple[str, list[Path], Tree]:
+    """The words for *spec*'s source, the patches on top, and the tree that it is built in.
+
+    The tree may hold another series, or another content of its source. Raises as `build`.
+    """
+    word = _word(spec, deadline)
+    if word.startswith("image:"):
+        raise ConfigurationError(f"{word}: is built: there is no source to lay patches over")
+    origin = next(origins.find(word, spec.update, deadline, progress))
+    patches = _patches(spec.series, origin, deadline)
+    return word, patches, origins.laid_out(origin, deadline, progress)
 
 
 def _ready(word: str, spec: Spec, deadline: Deadline) -> Kernel:
@@ -297,6 +319,7 @@ class _Recipe:
             "compiler": self.compiler,
             "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(time.monotonic() - started, 1),
+            "warnings": built.warnings(),
         }
         (folder / "provenance.json").write_text(json.dumps(told, indent=1) + "\n")
 

@@ -134,6 +134,12 @@ class Build:
         names = order.read_text().split() if "modules" in self._targets() else []
         return [(self.out / name).with_suffix(".ko") for name in names]
 
+    def warnings(self) -> list[str]:
+        """The compiler's warnings of the last build, each once, without line and column."""
+        said = (self.out / "build.log").read_text(errors="replace")
+        found = re.findall(r"^(\S+?)(?::\d+)*: (warning: .*)$", said, re.MULTILINE)
+        return list(dict.fromkeys(f"{name.removeprefix('../')}: {text}" for name, text in found))
+
     def release(self) -> str:
         """What ``uname -r`` will say."""
         return (self.out / "include/config/kernel.release").read_text().strip()

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command ``qemu-ioasid check-series``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qemu_ioasid import patchwise, scenarios, session
+from qemu_ioasid.kernel import Spec
+from qemu_ioasid.session import Output
+from qemu_ioasid.terminal import Terminal
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add(
+    commands: Commands,
+    common: argparse.ArgumentParser,
+    make_spec: Callable[[argparse.Namespace], Spec],
+    make_output: Callable[[Terminal], Output],
+) -> None:
+    """Add ``check-series``; *make_spec* reads what *common* has of a kernel."""
+    command = commands.add_parser(
+        "check-series",
+        parents=[common],
+        help="a series, patch by patch: does each apply, build, come up and hold?",
+    )
+    command.add_argument(
+        "--scenario",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="what each is tried with once the kernel has the driver (isolation); "
+        "may be given again",
+    )
+    command.add_argument(
+        "--keep-going", action="store_true", help="past a patch that something is wrong with"
+    )
+    command.add_argument("--report", type=Path, metavar="DIR", help="where the reports go")
+
+    def handler(arguments: argparse.Namespace, terminal: Terminal) -> int:
+        return _run(arguments, make_spec(arguments), terminal, make_output(terminal))
+
+    command.set_defaults(handler=handler)
+
+
+def _run(arguments: argparse.Namespace, spec: Spec, terminal: Terminal, output: Output) -> int:
+    names = arguments.scenario or ["isolation"]
+    for name in names:
+        scenarios.find(name)
+    folder = session.report_folder(arguments.report, "check-series")
+    series = patchwise.Series(spec, names, folder, output)
+    rows = series.run(arguments.keep_going)
+    document = {
+        "schema": 1,
+        "patches": [{**asdict(row), "held": row.held} for row in rows],
+        "not_reached": [patch.name for patch in series.patches[len(rows) :]],
+    }
+    (folder / "series.json").write_text(json.dumps(document, indent=2) + "\n")
+    (folder / "junit.xml").write_bytes(patchwise.junit(rows))
+    if arguments.json:
+        print(json.dumps(document, indent=2))
+    else:
+        held = sum(row.held for row in rows)
+        left = f", {len(series.patches) - len(rows)} not reached" if document["not_reached"] else ""
+        terminal.say(f"{held} of {len(rows)} patches hold{left}")
+        terminal.say(f"reports: {os.path.relpath(folder)}")
+    unknown = any(step.verdict == "error" for row in rows for step in row.steps)
+    return 4 if unknown else int(not all(row.held for row in rows))
