@@ -19,6 +19,7 @@ from typing import Any
 from qemu_ioasid import bench, builds, config, kernel, process, report, scenarios, session
 from qemu_ioasid.bisect import command as bisect
 from qemu_ioasid.cache import explained
+from qemu_ioasid.compare import command as compare
 from qemu_ioasid.errors import ConfigurationError, RigError
 from qemu_ioasid.kernel import mutant
 from qemu_ioasid.lab import arguments as lab
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands, common)
     mutants.add(commands, _output)
     bisect.add(commands, _output)
+    compare.add(commands, _output)
     patchwise.add(commands, common, _spec, _output)
     _add_bench(commands, common)
     lab.add(commands, common, _add_start, _options)

@@ -125,7 +125,11 @@ def begin(tree: Path, good: str, bad: str, words: Sequence[str]) -> tuple[State,
     return state, False
 
 
-def drive(state: State, output: Output) -> tuple[str, list[str]]:
+#: What git runs for each commit; the state's folder comes behind it.
+STEP = (sys.executable, "-m", "qemu_ioasid.cli", "bisect-step")
+
+
+def drive(state: State, output: Output, step: Sequence[str] = STEP) -> tuple[str, list[str]]:
     """Let git ask for one commit after another; the first bad one, or which it may be.
 
     Raises InfrastructureError naming the commit at which the rig failed, or that is flaky: that
@@ -133,7 +137,6 @@ def drive(state: State, output: Output) -> tuple[str, list[str]]:
     """
     state.answers = [each for each in state.answers if each.verdict in CODES]
     state.save()
-    step = [sys.executable, "-m", "qemu_ioasid.cli", "bisect-step", str(state.folder)]
 
     def told(line: str) -> None:
         if line.startswith(SAY):
@@ -143,7 +146,8 @@ def drive(state: State, output: Output) -> tuple[str, list[str]]:
 
     said = ""
     try:
-        argv = ["git", "-C", str(state.git), "bisect", "run", "sh", "-c", shlex.join(step)]
+        argv = ["git", "-C", str(state.git), "bisect", "run", "sh", "-c"]
+        argv.append(shlex.join([*step, str(state.folder)]))
         said = process.run(argv, deadline=Deadline(_WHOLE_SECONDS, "bisect"), on_line=told)
     except ProcessFailed as failed:
         said = failed.evidence

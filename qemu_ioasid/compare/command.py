@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command ``qemu-ioasid compare``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qemu_ioasid import compare, kernel, scenarios, session
+from qemu_ioasid.session import Output
+from qemu_ioasid.terminal import Terminal
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+#: What is tried unless told otherwise: any kernel comes up; one with the driver holds.
+SCENARIOS = ("boot", "isolation")
+
+
+def add(commands: Commands, make_output: Callable[[Terminal], Output]) -> None:
+    """Add ``compare``."""
+    command = commands.add_parser("compare", help="the same on two kernels, and what differs")
+    for letter, which in (("a", "first"), ("b", "second")):
+        command.add_argument(letter, metavar=letter.upper(), help=f"the {which}: {kernel.FORMS}")
+        command.add_argument(
+            f"--series-{letter}",
+            default="",
+            metavar="SERIES",
+            help=f"on top of the {which}: {kernel.SERIES_FORMS} (default: ours, if missing)",
+        )
+    command.add_argument("--profile", default="default", choices=("default", "debug"))
+    command.add_argument(
+        "--scenario",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"what is tried ({', '.join(SCENARIOS)}); may be given again",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON on standard output, alone")
+    command.add_argument("--report", type=Path, metavar="DIR", help="where the reports go")
+
+    def handler(arguments: argparse.Namespace, terminal: Terminal) -> int:
+        return _run(arguments, terminal, make_output(terminal))
+
+    command.set_defaults(handler=handler)
+
+
+def _run(arguments: argparse.Namespace, terminal: Terminal, output: Output) -> int:
+    names = arguments.scenario or SCENARIOS
+    for name in names:
+        scenarios.find(name)
+    spec = kernel.Spec(profile=arguments.profile)
+    first = spec.naming(arguments.a, arguments.series_a)
+    second = spec.naming(arguments.b, arguments.series_b)
+    folder = session.report_folder(arguments.report, "compare")
+    pairs = compare.run((first, second), names, folder, output)
+    regressions = [change for pair in pairs for change in pair.regressions]
+    worse = bool(regressions) or any(pair.broke for pair in pairs)
+    document = {
+        "schema": 1,
+        "a": {"kernel": first.source, "series": first.series},
+        "b": {"kernel": second.source, "series": second.series},
+        "regressions": [asdict(change) for change in regressions],
+        "scenarios": [asdict(pair) for pair in pairs],
+    }
+    (folder / "compare.json").write_text(json.dumps(document, indent=2) + "\n")
+    if arguments.json:
+        print(json.dumps(document, indent=2))
+    else:
+        count = len(regressions)
+        terminal.say(f"{count} regressions" if worse else "no regression")
+        terminal.say(f"reports: {os.path.relpath(folder)}")
+    return 1 if worse else 4 if any(pair.unknown for pair in pairs) else 0
