@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from qemu_ioasid import process
 from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.errors import ConfigurationError, KernelBroke, ProcessFailed
+from qemu_ioasid.errors import KernelBroke, ProcessFailed
+from qemu_ioasid.kernel.options import NotGranted
 from qemu_ioasid.kernel.tree import PatchRefused
 from qemu_ioasid.process import Child
 from qemu_ioasid.text import visible
@@ -29,7 +30,7 @@ WHY = 160
 #: *broke*: the kernel did not come up, or has reported something. *unbuildable*: there is no
 #: such kernel. *unknown*: the rig failed, and nothing is said about the kernel.
 Verdict = Literal["held", "failed", "broke", "unbuildable", "unknown"]
-_NO_KERNEL = (ProcessFailed.__name__, PatchRefused.__name__, ConfigurationError.__name__)
+_NO_KERNEL = (ProcessFailed.__name__, PatchRefused.__name__, NotGranted.__name__)
 _FULL = "No space left on device"
 
 

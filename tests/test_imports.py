@@ -28,7 +28,7 @@ FLOORS = (
     ("client", "qemu", "snapshot"),
     ("qmp", "ssh", "console", "kernel", "image"),
     ("archive", "erofs", "preflight", "markup", "attempts", "model"),
-    ("config", "cache"),
+    ("config", "cache", "git"),
     ("process", "viommu"),
     ("reaper", "deadline", "text", "logfile", "shape"),
     ("errors",),

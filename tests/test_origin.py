@@ -242,3 +242,18 @@ def test_paths_are_made_absolute(linux: Path, tmp_path: Path) -> None:
 def test_the_cache_has_it_all(linux: Path, deadline: Deadline) -> None:
     laid_out(named(f"tree:{linux}", deadline), deadline)
     assert sorted(os.listdir(cache.root())) == ["kernel-git", "kernel-tree"]
+
+
+def test_in_a_hook_of_another_repository(
+    linux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deadline: Deadline
+) -> None:
+    """What git tells its hooks, and `git bisect run` what it runs, is not about the user's tree."""
+    other = tmp_path / "other"
+    other.mkdir()
+    git(other, "init", "-q")
+    git(other, "commit", "-q", "--allow-empty", "-m", "none")
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git/index"))
+    found = named(f"tree:{linux}", deadline)
+    assert not found.dirty and (laid_out(found, deadline).src / "other.c").is_file()
+    assert len(series.patches("HEAD~2..HEAD", deadline, linux)) == 2

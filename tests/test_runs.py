@@ -34,7 +34,9 @@ def error(kind: str, phase: str = "boot the host VM", evidence: str = "") -> dic
         (5, error("BootError"), "broke", False),
         (4, error("ProcessFailed", "kernel"), "unbuildable", False),
         (2, error("PatchRefused", "kernel"), "unbuildable", False),
-        (2, error("ConfigurationError", "kernel"), "unbuildable", False),
+        (2, error("NotGranted", "kernel"), "unbuildable", False),
+        # The word for it, or the user's own fragment, is wrong.
+        (2, error("ConfigurationError", "kernel"), "unknown", False),
         (4, error("ProcessFailed", "kernel", "x: No space left on device"), "unknown", False),
         (4, error("DeadlineExceeded", "kernel"), "unknown", False),
         (4, error("ProcessFailed", "images"), "unknown", False),

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from qemu_ioasid import cache, config, process, runs
+from qemu_ioasid import cache, config, git, process, runs
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, InfrastructureError, ProcessFailed
 from qemu_ioasid.runs import Found
@@ -82,9 +82,8 @@ def load(folder: Path) -> State:
     return State(**{**told, "folder": folder, "repository": Path(told["repository"])})
 
 
-def _git(where: Path, *words: str, deadline: Deadline | None = None) -> str:
-    deadline = deadline or Deadline(_GIT_SECONDS, "git")
-    return process.run(["git", "-C", str(where), *words], deadline=deadline).strip()
+def _git(where: Path, *words: str) -> str:
+    return git.run(where, *words, deadline=Deadline(_GIT_SECONDS, "git")).strip()
 
 
 def _commit(repository: Path, name: str) -> str:
@@ -146,8 +145,8 @@ def drive(state: State, output: Output, step: Sequence[str] = STEP) -> tuple[str
 
     said = ""
     try:
-        argv = ["git", "-C", str(state.git), "bisect", "run", "sh", "-c"]
-        argv.append(shlex.join([*step, str(state.folder)]))
+        whole = shlex.join([*step, str(state.folder)])
+        argv = git.command(["-C", str(state.git), "bisect", "run", "sh", "-c", whole])
         said = process.run(argv, deadline=Deadline(_WHOLE_SECONDS, "bisect"), on_line=told)
     except ProcessFailed as failed:
         said = failed.evidence

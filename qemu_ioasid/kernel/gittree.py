@@ -13,9 +13,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from qemu_ioasid import cache, process
+from qemu_ioasid import cache, git, process
 from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.errors import ConfigurationError, ProcessFailed, RequirementError
+from qemu_ioasid.errors import ConfigurationError, ProcessFailed
 from qemu_ioasid.kernel import tree
 
 _KIND = "kernel-git"
@@ -29,12 +29,10 @@ class GitTree:
     """
 
     def __init__(self, path: Path, revision: str, deadline: Deadline) -> None:
-        if shutil.which("git") is None:
-            raise RequirementError(f"tree:{path}: git is missing: install git")
         if not path.is_dir():
             raise ConfigurationError(f"tree:{path}: no such folder")
         self._words = f"tree:{path}"
-        self._git = ["git", "-C", str(path)]
+        self._path = path
         self._deadline = deadline
         self.repository = Path(self._ask("no git repository", "rev-parse", "--show-toplevel"))
         self.key = f"git-{cache.digest(str(self.repository))}"
@@ -78,7 +76,7 @@ class GitTree:
 
     def _borrowing(self, objects: Path) -> Path:
         def create(folder: Path) -> None:
-            process.run(["git", "init", "-q", "--bare", str(folder)], deadline=self._deadline)
+            git.run(folder, "init", "-q", "--bare", deadline=self._deadline)
             (folder / "objects/info/alternates").write_text(f"{objects}\n")
 
         return cache.get_or_build(_KIND, self.key, create, deadline=self._deadline)[0]
@@ -107,10 +105,11 @@ class GitTree:
         env: dict[str, str] | None = None,
     ) -> str:
         """What git says; *otherwise* is what is wrong where it fails."""
-        argv = ["git", f"--git-dir={self._own}"] if ours else self._git
         more = {"GIT_INDEX_FILE": str(index), **(env or {})} if index else None
+        where = self._own if ours else self._path
+        mine = [f"--git-dir={self._own}"] if ours else []
         try:
-            found = process.run([*argv, *words], deadline=self._deadline, env=more)
+            found = git.run(where, *mine, *words, deadline=self._deadline, env=more)
         except ProcessFailed as failed:
             said = otherwise or " ".join(failed.evidence.split("\n")[-3:]).strip()
             raise ConfigurationError(f"{self._words}: {said}") from None

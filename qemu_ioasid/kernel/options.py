@@ -60,8 +60,12 @@ def read(fragments: Iterable[Path]) -> list[Option]:
     return list(options.values())
 
 
+class NotGranted(ConfigurationError):
+    """This kernel's Kconfig does not grant what is asked for."""
+
+
 def check(asked: Iterable[Option], config: str) -> None:
-    """Raises ConfigurationError when *config* (the text of .config) grants less than *asked*.
+    """Raises NotGranted when *config* (the text of .config) grants less than *asked*.
 
     The message names each option with its fragment: a misspelt name and a
     missing dependency look alike here.
@@ -74,4 +78,4 @@ def check(asked: Iterable[Option], config: str) -> None:
         if granted.get(option.name, "n") != option.value
     ]
     if refused:
-        raise ConfigurationError("kernel config: " + "; ".join(refused))
+        raise NotGranted("kernel config: " + "; ".join(refused))

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from qemu_ioasid import process
+from qemu_ioasid import git, process
 from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.errors import ConfigurationError, ProcessFailed, RequirementError
+from qemu_ioasid.errors import ConfigurationError, ProcessFailed
 
 #: How a series is named on a command line.
 FORMS = "none, a folder (series, ci/series edit), an mbox, a patch, [REPOSITORY:]A..B"
@@ -93,11 +92,9 @@ def _edited(folder: Path) -> bool:
 
 
 def _git(where: Path, deadline: Deadline, *words: str, index: str = "") -> str:
-    if shutil.which("git") is None:
-        raise RequirementError(f"{where}: git is missing: install git")
     env = {"GIT_INDEX_FILE": index} if index else None
     try:
-        return process.run(["git", "-C", str(where), *words], deadline=deadline, env=env)
+        return git.run(where, *words, deadline=deadline, env=env)
     except ProcessFailed as failed:
         said = failed.evidence.strip().splitlines()
         raise ConfigurationError(f"series {where}: {said[-1] if said else words[0]}") from None
@@ -148,7 +145,7 @@ def _mails(path: Path, deadline: Deadline) -> list[Path]:
 def _decoded(folder: Path, box: Path, deadline: Deadline) -> Iterator[Path]:
     for mail in sorted(folder.glob("[0-9]*")):
         message, patch = folder / "message", folder / "patch"
-        argv = ["git", "mailinfo", str(message), str(patch)]
+        argv = git.command(["mailinfo", str(message), str(patch)])
         try:
             told = process.run(argv, deadline=deadline, cwd=folder, input=mail.read_bytes())
         except ProcessFailed as failed:
