@@ -76,6 +76,14 @@ def add_kernel(command: argparse.ArgumentParser) -> None:
         metavar="SERIES",
         help=f"{kernel.SERIES_FORMS} (default: ours, if missing)",
     )
+    command.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a config fragment of yours, which counts more than ours; may be given again",
+    )
 
 
 def _common() -> argparse.ArgumentParser:
@@ -224,6 +232,7 @@ def _spec(arguments: argparse.Namespace) -> kernel.Spec:
     spec = kernel.Spec(
         profile=arguments.profile,
         mutant=mutant.find(arguments.mutant).patch if arguments.mutant else None,
+        config=tuple(path.absolute() for path in arguments.config),
         update=getattr(arguments, "update", False),
     )
     return spec.naming(arguments.kernel, arguments.series)

@@ -380,3 +380,34 @@ def test_gc_keeps_what_was_used_last(small: Small, command: Command) -> None:
     assert kept.is_dir()
     told = command("kernel", "gc", "--keep", "0", "--json").json()
     assert told["bytes"] > 0 and not kept.exists() and not first.folder.exists()
+
+
+def test_what_an_option_lacks_is_named(tmp_path: Path) -> None:
+    kconfig = tmp_path / "Kconfig"
+    kconfig.write_text(
+        'config ONE\n\tbool "one"\n\tdepends on TWO && \\\n\t\t!THREE\n\tdepends on FOUR\n\n'
+        "menuconfig FOUR\n\tbool\n"
+    )
+    fragment = tmp_path / "some.config"
+
+    def refused(asked: str, granted: str) -> str:
+        fragment.write_text(asked)
+        with pytest.raises(options.NotGranted) as error:
+            options.check(options.read([fragment]), granted, [kconfig])
+        return error.value.message
+
+    assert "depends on TWO && !THREE: TWO is not set, THREE is set)" in refused(
+        "CONFIG_ONE=y\n", "CONFIG_THREE=y\nCONFIG_FOUR=y\n"
+    )
+    assert "depends on FOUR: FOUR is not set)" in refused("CONFIG_ONE=y\n", "CONFIG_TWO=y\n")
+    assert "no such option" in refused("CONFIG_NONE=y\n", "")
+    assert "another option selects or limits it" in refused("CONFIG_FOUR=y\n", "")
+
+
+def test_a_fragment_of_yours_counts_more(small: Small, tmp_path: Path) -> None:
+    own = tmp_path / "own.config"
+    own.write_text("CONFIG_SOME=m\n")
+    spec = kernel.Spec(series=str(small.series), fragments=small.fragments, config=(own,))
+    built = kernel.build(spec, deadline=Deadline(60, "build"), progress=small.lines.append)
+    assert built.hash != small.build().hash
+    assert "CONFIG_SOME=m" in built.config.read_text()

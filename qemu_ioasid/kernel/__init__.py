@@ -65,6 +65,8 @@ class Spec:
     #: One more patch on top of the series, for the host VM's kernel (`mutant`).
     mutant: Path | None = None
     fragments: Path = PATCHES / "config"
+    #: The user's own fragments: what they ask for counts more than what `fragments` do.
+    config: tuple[Path, ...] = ()
     #: Ask the archive for a newer source package, although one is here.
     update: bool = False
     jobs: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
@@ -195,8 +197,8 @@ def resolved(spec: Spec, *, deadline: Deadline, progress: Progress) -> tuple[str
 
 def _ready(word: str, spec: Spec, deadline: Deadline) -> Kernel:
     """The image that *word* names, kept as one of ours is; it has no headers and no symbols."""
-    if spec.series or spec.mutant or spec.profile != "default":
-        raise ConfigurationError(f"image:{word}: is built: no series, mutant or profile for it")
+    if spec.series or spec.mutant or spec.config or spec.profile != "default":
+        raise ConfigurationError(f"image:{word}: is built: no series, config or profile for it")
     found = ready.read(word)
     ready.check(found, spec.fragments)
 
@@ -269,7 +271,8 @@ class _Recipe:
         left_out = {_DEBUG: spec.profile != _DEBUG, _DRIVER: not ours}
         found = sorted(spec.fragments.glob("*.config"))
         self.fragments = [path for path in found if not left_out.get(path.stem)]
-        self.options = options.read(self.fragments)
+        shipped = options.read(self.fragments)
+        self.options = options.laid_over(shipped, options.read(spec.config))
         self.kind = "kernel" if spec.mutant is None else _MUTANT
 
     def get(self, deadline: Deadline, progress: Progress) -> Kernel:
@@ -315,7 +318,7 @@ class _Recipe:
             "series": [path.name for path in self.patches],
             "series_hash": self.series_hash,
             "profile": self.spec.profile,
-            "fragments": [path.name for path in self.fragments],
+            "fragments": [path.name for path in (*self.fragments, *self.spec.config)],
             "compiler": self.compiler,
             "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(time.monotonic() - started, 1),

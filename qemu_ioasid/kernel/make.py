@@ -95,19 +95,28 @@ class Build:
             wanted.write_text(text)
             self._make([f"KCONFIG_ALLCONFIG={wanted}", "allnoconfig"], deadline)
             made.write_text(text)
-        options.check(asked, (self.out / ".config").read_text())
+        options.check(asked, (self.out / ".config").read_text(), self._kconfig_files())
 
     def _configured(self, made: Path, text: str) -> bool:
         """Whether *made* tells of this *text*, and no file that Kconfig read has changed since."""
         try:
             since = made.stat().st_mtime_ns
-            told = (self.out / "include/config/auto.conf.cmd").read_text()
-            read = re.findall(r"^\t(\S*Kconfig\S*)", told, re.MULTILINE)
             return made.read_text() == text and all(
-                (self.src / name).stat().st_mtime_ns < since for name in read
+                (self.src / name).stat().st_mtime_ns < since for name in self._kconfigs()
             )
         except OSError:
             return False
+
+    def _kconfigs(self) -> list[str]:
+        """The files that Kconfig read for the last build; raises OSError before there was one."""
+        told = (self.out / "include/config/auto.conf.cmd").read_text()
+        return re.findall(r"^\t(\S*Kconfig\S*)", told, re.MULTILINE)
+
+    def _kconfig_files(self) -> Iterator[Path]:
+        try:
+            yield from (self.src / name for name in self._kconfigs())
+        except OSError:
+            yield from self.src.rglob("Kconfig*")
 
     def compile(self, deadline: Deadline, progress: Progress) -> None:
         """vmlinux, the modules where the config has any, and the user-space headers.

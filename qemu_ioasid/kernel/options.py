@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_ioasid.errors import ConfigurationError
 
 _SET = re.compile(r"(CONFIG_\w+)=(.+)")
+_DEPENDS = re.compile(r"^[ \t]+depends on (.+)$", re.MULTILINE)
 _UNSET = re.compile(r"# (CONFIG_\w+) is not set")
 
 
@@ -64,18 +65,49 @@ class NotGranted(ConfigurationError):
     """This kernel's Kconfig does not grant what is asked for."""
 
 
-def check(asked: Iterable[Option], config: str) -> None:
+def laid_over(ours: Iterable[Option], own: Iterable[Option]) -> list[Option]:
+    """*ours*, but what the user's *own* fragments ask for as they have it."""
+    return list({option.name: option for option in (*ours, *own)}.values())
+
+
+def check(asked: Iterable[Option], config: str, kconfigs: Iterable[Path] = ()) -> None:
     """Raises NotGranted when *config* (the text of .config) grants less than *asked*.
 
-    The message names each option with its fragment: a misspelt name and a
-    missing dependency look alike here.
+    The message names each option with its fragment and, by *kconfigs*, what it depends on that is
+    not met: a misspelt name and a missing dependency look alike in a .config.
     """
     granted = parse(config)
-    refused = [
-        f"{option.fragment.name}: {option.name}={option.value} became "
-        + granted.get(option.name, "n (unknown here, or what it depends on is not set)")
-        for option in asked
-        if granted.get(option.name, "n") != option.value
-    ]
+    refused = [option for option in asked if granted.get(option.name, "n") != option.value]
     if refused:
-        raise NotGranted("kernel config: " + "; ".join(refused))
+        texts = [path.read_text(errors="replace") for path in kconfigs if path.is_file()]
+        raise NotGranted(
+            "kernel config: "
+            + "; ".join(
+                f"{option.fragment.name}: {option.name}={option.value} became "
+                f"{granted.get(option.name, 'n')} ({_why(option.name, granted, texts)})"
+                for option in refused
+            )
+        )
+
+
+def _why(name: str, granted: Mapping[str, str], texts: Iterable[str]) -> str:
+    """What Kconfig has against an option."""
+    symbol = name.removeprefix("CONFIG_")
+    entry = re.compile(rf"^(?:menu)?config {symbol}\n((?:[ \t].*\n|\n)*)", re.MULTILINE)
+    bodies = [match[1] for text in texts for match in entry.finditer(text)]
+    if not bodies:
+        return "this kernel has no such option"
+    wanted = [each for body in bodies for each in _DEPENDS.findall(body.replace("\\\n", " "))]
+    for expression in wanted:
+        missing = [
+            each
+            for each in dict.fromkeys(re.findall(r"!?\b[A-Z][A-Z0-9_]+\b", expression))
+            if (granted.get(f"CONFIG_{each.lstrip('!')}", "n") == "n") != each.startswith("!")
+        ]
+        if missing:
+            what = ", ".join(
+                f"{each[1:]} is set" if each.startswith("!") else f"{each} is not set"
+                for each in missing
+            )
+            return f"depends on {' '.join(expression.split())}: {what}"
+    return "what it depends on is met: another option selects or limits it"
