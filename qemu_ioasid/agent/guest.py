@@ -60,6 +60,7 @@ class Guest:
             "device_reset": self._own.reset,
             "device_registers": self._own.registers,
             "device_touch": self._own.touch,
+            "device_resume": self._own.resume,
         }
         self.operations = with_several(self.operations)
 

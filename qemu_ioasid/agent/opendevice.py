@@ -255,6 +255,12 @@ class OwnDevices:
         """Resets a device."""
         self.get(name).ring.reset()
 
+    def resume(self, name: str) -> None:
+        """Goes on with a device that somebody else has reset."""
+        ring = self.get(name).ring
+        ring.enable()
+        ring.resume()
+
     def registers(self, name: str) -> Json:
         """The registers of a device."""
         return self.get(name).ring.registers()
