@@ -30,7 +30,13 @@ SETTINGS = {
     "failslab/verbose": "0",
     "fail_page_alloc/verbose": "0",
     "fail_usercopy/verbose": "0",
+    # What comes behind the nth: allocations of a task that is marked, as long as `times` lasts.
+    "failslab/task-filter": "Y",
+    "failslab/probability": "100",
+    "failslab/interval": "1",
 }
+MARK = "/proc/thread-self/make-it-fail"
+TIMES = "failslab/times"
 # These keep Python's lock: a thread that had to wait for it again would do so with calls that
 # may fail.
 _libc = ctypes.PyDLL(None, use_errno=True)
@@ -46,8 +52,10 @@ def supported() -> bool:
     )
 
 
-def _prepare() -> None:
-    for name, value in SETTINGS.items():
+def _prepare(more: int) -> None:
+    # The nth counts as one of them (lib/fault-inject.c).
+    times = more + 1 if more else 0
+    for name, value in {**SETTINGS, TIMES: str(times)}.items():
         fd = os.open(f"{DEBUGFS}/{name}", os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(fd, value.encode())
@@ -107,8 +115,9 @@ _CALLS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
 class _Countdown:
     """Over all calls of one thread: `left` until the one that fails; 0: it has."""
 
-    def __init__(self, fd: int, nth: int) -> None:
+    def __init__(self, fd: int, mark: int, nth: int) -> None:
         self._fd = fd
+        self._mark = mark
         self.left = nth
         self._thread = threading.get_ident()
         self._buffer = ctypes.create_string_buffer(16)
@@ -119,11 +128,14 @@ class _Countdown:
         def counted(*args: Any, **named: Any) -> Any:
             if threading.get_ident() != self._thread or not self.left:
                 return ordinary(*args, **named)
+            _pwrite(self._mark, b"1", 0)
             _pwrite(self._fd, b"%d" % self.left, 0)
             try:
                 return call(*args, **named)
             finally:
+                # In this order: what is armed could have the second one fail.
                 self._disarm()
+                _libc.pwrite(self._mark, b"0", 1, 0)
 
         return counted
 
@@ -139,15 +151,17 @@ class _Countdown:
 @contextmanager
 def _counting(nth: int) -> Iterator[_Countdown]:
     fd = os.open(FAIL_NTH, os.O_RDWR | os.O_CLOEXEC)
+    mark = os.open(MARK, os.O_RDWR | os.O_CLOEXEC)
     ordinary = [(module, name, getattr(module, name)) for module, name, _ in _CALLS]
     try:
-        countdown = _Countdown(fd, nth)
+        countdown = _Countdown(fd, mark, nth)
         for (module, name, call), (_, _, before) in zip(_CALLS, ordinary, strict=True):
             setattr(module, name, countdown.around(call, before))
         yield countdown
     finally:
         for module, name, before in ordinary:
             setattr(module, name, before)
+        os.close(mark)
         os.close(fd)
 
 
@@ -159,13 +173,16 @@ class FailNth:
         # one at a time: the modules' functions are everybody's
         self._lock = threading.Lock()
 
-    def fail_nth(self, op: str, args: Json, nth: int) -> Json:
-        """Does an operation while the nth thing that can fail in its calls does."""
+    def fail_nth(self, op: str, args: Json, nth: int, more: int = 0) -> Json:
+        """Does an operation while the nth thing that can fail in its calls does.
+
+        And so many more allocations behind it in the same call: of some the kernel makes two.
+        """
         if nth < 1 or op not in self._operations:
             raise ValueError(f"{op}, {nth}: an operation, and a number from 1 on")
         answer = error = None
         with self._lock:
-            _prepare()
+            _prepare(more)
             with _counting(nth) as countdown:
                 try:
                     answer = self._operations[op](**args)

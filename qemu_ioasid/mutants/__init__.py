@@ -69,17 +69,19 @@ def suite(names: Sequence[str]) -> tuple[Stage, ...]:
 
 
 def first(stages: Sequence[Stage], killer: str) -> list[Stage]:
-    """*stages*, and before them the check alone that killed a mutant the last time, by `Result.by`.
+    """*stages*, the one that killed a mutant the last time first, by `Result.by`.
 
-    Where that is no check (a kernel has reported something), its stage comes first.
+    Before that goes the check that failed, alone: not all of them fail without the others.
     """
     name, _, check = killer.partition(": ")
     found = [stage for stage in stages if stage.name == name]
+    alone = []
     for stage in found:
         scenario = scenarios.find(stage.scenario)
-        if check in {row.name for row in scenario.rows(config.load(scenario.rig))}:
-            return [stage._replace(check=check), *stages]
-    return [*found, *(stage for stage in stages if stage not in found)]
+        rows = scenario.rows(config.load(scenario.rig))
+        if len(rows) > 1 and check in {row.name for row in rows}:
+            alone.append(stage._replace(check=check))
+    return [*alone, *found, *(stage for stage in stages if stage not in found)]
 
 
 @dataclass

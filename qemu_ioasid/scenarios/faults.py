@@ -126,12 +126,19 @@ class Faults:
         return {"table": table, "list": kernel_list, "ledger": ledger, "work": done["status"]}
 
     def _sweep(self, trial: Trial, swept: Swept) -> None:
-        """Fail an operation at its first, second, ... place, until it passes."""
+        """Fail an operation at its first, second, ... place, until it passes.
+
+        Then each place and the next one: some allocations are tried a second time, with patience.
+        """
+        for more in (0, 1):
+            self._passes(trial, swept, more)
+
+    def _passes(self, trial: Trial, swept: Swept, more: int) -> None:
         failed: Counter[str] = Counter()
         for nth in range(1, MOST):
             # The slab allocator refills itself now and then, and bears it where it cannot: the
             # place that is meant comes one later then. It does not do so time after time.
-            tries = (self._fail(trial, swept, nth) for _ in range(TRIES))
+            tries = (self._fail(trial, swept, nth, more) for _ in range(TRIES))
             found = next((each for each in tries if each != BORNE), BORNE)
             if found == PASSED:
                 break
@@ -140,16 +147,17 @@ class Faults:
             raise Broken(f"{swept.op} does not pass after {MOST} failures")
         borne = failed.pop(BORNE, 0)
         trial.answer(", ".join(f"{count} {name}" for name, count in sorted(failed.items())) or "0")
+        how = ", each with the next one" if more else ""
         trial.saw(
-            f"{nth - 1} places failed, {borne} of them borne; after each the table, the list, "
+            f"{nth - 1} places failed{how}, {borne} of them borne; after each the table, the list, "
             "the ledger and the device as before, and the same succeeded"
         )
 
-    def _fail(self, trial: Trial, swept: Swept, nth: int) -> str:
+    def _fail(self, trial: Trial, swept: Swept, nth: int, more: int) -> str:
         """The errno's name with the *nth* place failed, BORNE, or PASSED: it has fewer."""
         op, args = swept.op, swept.prepare()
         before = self._state()
-        told = self._call("fail_nth", op=op, args=args, nth=nth)
+        told = self._call("fail_nth", op=op, args=args, nth=nth, more=more)
         error = told["error"]
         if error is None:
             swept.undo(told["answer"])
