@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import socket
@@ -191,17 +190,18 @@ def accelerator(wanted: str, qemu: Qemu, *, nested: bool) -> tuple[str, str]:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
     key = cache.digest(boot, qemu.version, *qemu.argv, str(nested), str(os.getuid()))
 
-    def ask(folder: Path) -> None:
-        (folder / "why").write_text(json.dumps(_try_kvm(qemu, nested)))
-
-    # Kept for what takes seconds to find out, a hang; all else is asked anew, and so is
-    # everything when KVM is insisted on.
-    if wanted == "kvm":
-        shutil.rmtree(cache.entry("kvm", key), ignore_errors=True)
-    path, _ = cache.get_or_build("kvm", key, ask, deadline=Deadline(60, "KVM probe"))
-    why: str = json.loads((path / "why").read_text())
-    if why != _HANGS:
-        shutil.rmtree(path, ignore_errors=True)
+    # Kept is what takes seconds to find out, a hang; all else is asked anew, and so is everything
+    # when KVM is insisted on. Only whether the entry is there says anything: others remove it.
+    hangs = cache.entry("kvm", key)
+    if wanted != "kvm" and hangs.is_dir():
+        why = _HANGS
+    else:
+        why = _try_kvm(qemu, nested)
+        if why == _HANGS:
+            deadline = Deadline(60, "note of the KVM probe")
+            cache.get_or_build("kvm", key, lambda folder: None, deadline=deadline)
+        else:
+            shutil.rmtree(hangs, ignore_errors=True)
     if why and wanted == "kvm":
         raise RequirementError(f"--accel kvm: {why}")
     return ("tcg", why) if why else ("kvm", "")

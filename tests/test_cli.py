@@ -106,10 +106,10 @@ def test_a_system_qemu_that_is_broken_is_passed_over(command: Command, tmp_path:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/qemu-system-x86_64").symlink_to("/bin/false")
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    ended = command("run", "--accel", "tcg", "--series", "none", "--report", "r", PATH=path)
+    ended = command("run", "--accel", "tcg", "--series", "nonesuch", "--report", "r", PATH=path)
     assert ended.code == 2
     assert "does not work as a QEMU" in ended.out
-    assert "series none: must be one of" in ended.err
+    assert "series nonesuch: must be one of" in ended.err
 
 
 def test_no_runtime_folder(command: Command, tmp_path: Path) -> None:
