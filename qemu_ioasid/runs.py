@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qemu_ioasid import process
+from qemu_ioasid import config, process
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import KernelBroke, ProcessFailed
 from qemu_ioasid.kernel.options import NotGranted
@@ -22,6 +22,8 @@ from qemu_ioasid.text import visible
 
 #: For one run, its kernel's build and its rig's boot, in seconds of the reference machine.
 SECONDS = 900.0
+#: A run that any kernel can make: its host VM alone comes up, without devices.
+BARE = ("boot", "--rig", str(config.DEFAULT.with_name("bare.toml")))
 #: How long a run that is interrupted may take to end its VMs and write its report.
 GRACE_SECONDS = 20.0
 #: How much of an error or of a log's last line tells why, in characters.
@@ -71,7 +73,7 @@ class Found:
             return str(failed[0])
         if self.report["error"]:
             return visible(self.report["error"]["message"])[:WHY].strip()
-        return visible(self.log.read_text(errors="replace").strip().rpartition("\n")[2])[:WHY]
+        return _last(self.log)
 
     def seconds(self, *phases: str) -> float:
         """How long these phases took, or all."""
@@ -110,9 +112,13 @@ def run(words: Sequence[str], folder: Path, progress: Callable[[str], None]) -> 
         while code is None and deadline.elapsed() < deadline.seconds:
             code = child.ended_within(1)
             with contextlib.suppress(OSError):
-                last = _log(folder).read_text(errors="replace").strip().rpartition("\n")[2]
-                progress(visible(last.strip())[:WHY])
+                progress(_last(_log(folder)))
     return found(code, folder)
+
+
+def _last(log: Path) -> str:
+    """The last line in *log*, as much as tells why."""
+    return visible(log.read_text(errors="replace").strip().rpartition("\n")[2].strip())[:WHY]
 
 
 def _log(folder: Path) -> Path:

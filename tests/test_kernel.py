@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_ioasid import cache, kernel
+from qemu_ioasid import cache, cli, kernel
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, ProcessFailed, RequirementError
 from qemu_ioasid.kernel import make, options, series, source, tree
@@ -411,3 +411,14 @@ def test_a_fragment_of_yours_counts_more(small: Small, tmp_path: Path) -> None:
     built = kernel.build(spec, deadline=Deadline(60, "build"), progress=small.lines.append)
     assert built.hash != small.build().hash
     assert "CONFIG_SOME=m" in built.config.read_text()
+
+
+def test_a_run_is_told_of_the_same_kernel(tmp_path: Path) -> None:
+    """Whatever a spec can be told on a command line, another command line has back."""
+    own = tmp_path / "own.config"
+    patch = tmp_path / "sabotage.patch"
+    patch.write_text("Breaks it.\n")
+    spec = kernel.Spec(profile="debug", mutant=patch, config=(own, own.with_name("more")))
+    for told in (kernel.Spec(), spec.naming("debian:7.3", str(tmp_path))):
+        arguments = cli._parser().parse_args(["run", *told.words])
+        assert cli._spec(arguments) == told

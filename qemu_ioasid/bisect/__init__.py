@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from qemu_ioasid import cache, config, git, process, runs
+from qemu_ioasid import cache, git, process, runs
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, InfrastructureError, ProcessFailed
 from qemu_ioasid.runs import Found
@@ -31,7 +31,6 @@ _GIT_SECONDS = 600.0
 _WHOLE_SECONDS = 7 * 24 * 3600.0
 #: What `git bisect run` takes exit codes for: 125 cannot be tested, from 128 on it stops.
 GOOD, BAD, SKIP, STOP = 0, 1, 125, 128
-_BARE = config.DEFAULT.with_name("bare.toml")
 _STATE = "bisect.json"
 
 #: *flaky*: it failed, and held on a fresh VM. *unknown*: the rig failed.
@@ -189,7 +188,7 @@ def _answer(state: State, commit: str, progress: Callable[[str], None]) -> Answe
     kernel = ["--kernel", f"tree:{state.repository}@{commit}", "--cold", "--first"]
     started, boots = time.monotonic(), 0
     # What does not come up by itself, or breaks then, is found without guests.
-    stages = {"bare": ["boot", "--rig", str(_BARE)], "whole": state.words}
+    stages = {"bare": runs.BARE, "whole": tuple(state.words)}
     verdict: Verdict = "good"
     why = ""
     for name, words in stages.items():

@@ -52,13 +52,13 @@ def add(commands: Commands, make_output: Callable[[Terminal], Output]) -> None:
 
 
 def _words(arguments: argparse.Namespace) -> list[str]:
-    words = [scenarios.find(arguments.scenario) and arguments.scenario]
-    words += ["--profile", arguments.profile]
+    scenarios.find(arguments.scenario)
+    spec = kernel.Spec(profile=arguments.profile).naming("", arguments.series)
+    words = [arguments.scenario, *spec.words]
     for name, values in (("--check", arguments.check), ("--set", arguments.set)):
         for value in values:
             words += [name, value]
-    series = kernel.Spec().naming("", arguments.series).series
-    return [*words, "--series", series] if series else words
+    return words
 
 
 def _run(arguments: argparse.Namespace, terminal: Terminal, output: Output) -> int:

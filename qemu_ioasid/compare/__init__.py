@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qemu_ioasid import config, runs
+from qemu_ioasid import runs
 from qemu_ioasid.errors import RequirementError
 from qemu_ioasid.kernel import Spec
 from qemu_ioasid.runs import Found
 from qemu_ioasid.session import Output
 from qemu_ioasid.text import visible
 
-#: A rig that any kernel with an IOMMU can have; scenario boot is made on it.
-_BARE = config.DEFAULT.with_name("bare.toml")
 #: What one kernel's console says anew each time: times, addresses, sizes, rates.
 _NUMBERS = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+(?:\.\d+)?")
 #: New lines of a log that are shown, at most; all are in compare.json.
@@ -69,10 +67,9 @@ def run(
         found = []
         for letter, spec in zip("ab", kernels, strict=True):
             output.begins(f"{name} on {letter.upper()}")
-            words = [name, *(["--rig", str(_BARE)] if name == "boot" else []), "--cold"]
-            words += ["--profile", spec.profile]
-            words += ["--kernel", spec.source] if spec.source else []
-            words += ["--series", spec.series] if spec.series else []
+            # Boot, on a rig that any kernel can have.
+            what = runs.BARE if name == "boot" else (name,)
+            words = [*what, "--cold", *spec.words]
             found.append(runs.run(words, folder / letter / name, output.progress))
             output.begins("")
         pairs.append(pair(name, found[0], found[1]))

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,24 @@ class Spec:
             source=origins.anchored(source, place) or self.source,
             series=serieses.anchored(series, place) or self.series,
         )
+
+    @property
+    def words(self) -> list[str]:
+        """What ``qemu-ioasid run`` is told to take it; the rest of it has no word there."""
+        said: dict[str, Sequence[object]] = {
+            "--profile": [self.profile],
+            "--kernel": [self.source],
+            "--series": [self.series],
+            "--mutant": [self.mutant],
+            "--config": self.config,
+        }
+        return [
+            word
+            for option, values in said.items()
+            for value in values
+            if value
+            for word in (option, str(value))
+        ]
 
 
 @dataclass(frozen=True)

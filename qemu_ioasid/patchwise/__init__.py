@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
 
-from qemu_ioasid import config, kernel, process, runs
+from qemu_ioasid import kernel, process, runs
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, ProcessFailed, RequirementError
 from qemu_ioasid.kernel import Spec
+from qemu_ioasid.kernel.series import NONE
 from qemu_ioasid.kernel.tree import PatchRefused, Tree
 from qemu_ioasid.session import BUILD_SECONDS, Output
 from qemu_ioasid.text import lines, visible
 
-#: Steps that every patch takes, before the scenarios.
-STEPS = ("applies", "builds", "warnings", "checkpatch", "boots")
-_BARE = config.DEFAULT.with_name("bare.toml")
 #: Without mainline's history a commit that a Fixes: names is one it does not know.
 _CHECKPATCH = ("--strict", "--no-signoff", "--ignore", "FILE_PATH_CHANGES,UNKNOWN_COMMIT_ID", "-q")
 
@@ -68,7 +66,7 @@ class Series:
         self._scenarios = scenarios
         self._folder = folder
         self._output = output
-        self._warned = self._warnings(0)
+        self._warned = set(self._build(spec.naming(self._word, NONE)).warnings)
 
     def run(self, keep_going: bool) -> list[Row]:
         """Try each; without *keep_going* the first one that something is wrong with is the last."""
@@ -89,23 +87,19 @@ class Series:
         folder.mkdir(parents=True, exist_ok=True)
         names = "".join(f"{patch.absolute()}\n" for patch in self.patches[:number])
         (folder / "series").write_text(names)
-        return self._spec.naming(self._word, str(folder) if number else "none")
+        return self._spec.naming(self._word, str(folder))
 
-    def _build(self, number: int) -> kernel.Kernel:
+    def _build(self, spec: Spec) -> kernel.Kernel:
         deadline = Deadline(BUILD_SECONDS, "kernel")
-        spec = self._prefix(number)
         return kernel.build(spec, deadline=deadline, progress=self._output.progress)
 
-    def _warnings(self, number: int) -> set[str]:
-        return set(self._build(number).warnings)
-
     def _try(self, number: int, row: Row) -> None:
-        patch = self.patches[number - 1]
+        patch, spec = self.patches[number - 1], self._prefix(number)
         self._output.begins(f"patch {number} of {len(self.patches)}: {patch.name}")
         started = time.monotonic()
         built = None
         try:
-            built = self._build(number)
+            built = self._build(spec)
         except PatchRefused as refused:
             row.steps.append(Step("applies", "fail", refused.message, refused.evidence))
         except (ProcessFailed, ConfigurationError) as failed:
@@ -123,13 +117,12 @@ class Series:
         if row.steps[0].verdict == "pass":
             row.steps.append(checkpatch(self._tree, patch))
         if built is not None:
-            self._boot(number, row)
+            self._boot(number, spec, row)
         self._output.begins("")
 
-    def _boot(self, number: int, row: Row) -> None:
-        spec = self._prefix(number)
-        words = ["--kernel", spec.source, "--series", spec.series, "--profile", spec.profile]
-        up = self._scenario(number, "boots", ["boot", "--rig", str(_BARE), *words])
+    def _boot(self, number: int, spec: Spec, row: Row) -> None:
+        words = spec.words
+        up = self._scenario(number, "boots", [*runs.BARE, *words])
         row.steps.append(up)
         for name in self._scenarios:
             if up.verdict == "pass":
