@@ -16,7 +16,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from qemu_ioasid import bench, builds, config, kernel, process, report, scenarios, session
+from qemu_ioasid import (
+    bench,
+    builds,
+    config,
+    kernel,
+    process,
+    report,
+    scenarios,
+    session,
+    subcommand,
+)
 from qemu_ioasid.bisect import command as bisect
 from qemu_ioasid.cache import explained
 from qemu_ioasid.compare import command as compare
@@ -29,7 +39,7 @@ from qemu_ioasid.patchwise import command as patchwise
 from qemu_ioasid.qemu import ACCELERATORS
 from qemu_ioasid.report import VERDICTS, Report, counts
 from qemu_ioasid.scenarios import SCENARIOS
-from qemu_ioasid.session import Options, Output, Terminated
+from qemu_ioasid.session import Options, Terminated
 from qemu_ioasid.standby import Start
 from qemu_ioasid.terminal import Terminal, indented, line
 
@@ -48,10 +58,10 @@ def _parser() -> argparse.ArgumentParser:
 
     common = _common()
     _add_run(commands, common)
-    mutants.add(commands, _output)
-    bisect.add(commands, _output)
-    compare.add(commands, _output)
-    patchwise.add(commands, common, _spec, _output)
+    mutants.add(commands)
+    bisect.add(commands)
+    compare.add(commands)
+    patchwise.add(commands, common, _spec)
     _add_bench(commands, common)
     lab.add(commands, common, _add_start, _options)
     builds.add(commands, common, _spec)
@@ -238,10 +248,6 @@ def _spec(arguments: argparse.Namespace) -> kernel.Spec:
     return spec.naming(arguments.kernel, arguments.series)
 
 
-def _output(terminal: Terminal) -> Output:
-    return Output(terminal.say, terminal.progress, terminal.begins)
-
-
 def _options(arguments: argparse.Namespace) -> Options:
     """What `_add_start` and the common options say."""
     return Options(
@@ -273,7 +279,7 @@ def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         host=arguments.host,
         parts=arguments.parts,
     )
-    ended = session.run(options, _output(terminal))
+    ended = session.run(options, subcommand.output(terminal))
     if arguments.json:
         print(json.dumps(ended.document(), indent=2))
     else:
@@ -310,9 +316,9 @@ def _bench(arguments: argparse.Namespace, terminal: Terminal) -> int:
         append=arguments.append,
     )
     if arguments.restores:
-        document = bench.restores(options, arguments.restores, _output(terminal))
+        document = bench.restores(options, arguments.restores, subcommand.output(terminal))
     else:
-        document = bench.run(options, arguments.rounds, _output(terminal))
+        document = bench.run(options, arguments.rounds, subcommand.output(terminal))
     if arguments.json:
         print(json.dumps(document, indent=2))
     else:

@@ -17,6 +17,7 @@ PACKAGE = Path(qemu_ioasid.__file__).parent
 FLOORS = (
     ("cli", "pytest_plugin", "avocado"),
     ("bench", "bisect", "builds", "compare", "lab", "mutants", "patchwise", "rigpool", "matrix"),
+    ("subcommand",),
     ("session", "terminal", "runs"),
     ("scenarios",),
     ("report",),

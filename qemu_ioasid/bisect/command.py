@@ -6,21 +6,20 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qemu_ioasid import bisect, kernel, scenarios, session
+from qemu_ioasid import bisect, kernel, scenarios, session, subcommand
 from qemu_ioasid.bisect import State
 from qemu_ioasid.session import Output
 from qemu_ioasid.terminal import Terminal
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    from qemu_ioasid.subcommand import Commands
 
 
-def add(commands: Commands, make_output: Callable[[Terminal], Output]) -> None:
+def add(commands: Commands) -> None:
     """Add ``bisect``, and the step that it has git run."""
     command = commands.add_parser("bisect", help="find the commit that broke a kernel")
     command.add_argument("good", metavar="GOOD", help="a commit that holds")
@@ -39,13 +38,8 @@ def add(commands: Commands, make_output: Callable[[Terminal], Output]) -> None:
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="as for qemu-ioasid run"
     )
-    command.add_argument("--json", action="store_true", help="print JSON on standard output, alone")
-    command.add_argument("--report", type=Path, metavar="DIR", help="where the reports go")
-
-    def handler(arguments: argparse.Namespace, terminal: Terminal) -> int:
-        return _run(arguments, terminal, make_output(terminal))
-
-    command.set_defaults(handler=handler)
+    subcommand.add_report(command)
+    subcommand.handle(command, _run)
     hidden = commands.add_parser("bisect-step")
     hidden.add_argument("folder", type=Path)
     hidden.set_defaults(handler=_step, json=True)

@@ -6,23 +6,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qemu_ioasid import compare, kernel, scenarios, session
+from qemu_ioasid import compare, kernel, scenarios, session, subcommand
 from qemu_ioasid.session import Output
 from qemu_ioasid.terminal import Terminal
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    from qemu_ioasid.subcommand import Commands
 
 #: What is tried unless told otherwise: any kernel comes up; one with the driver holds.
 SCENARIOS = ("boot", "isolation")
 
 
-def add(commands: Commands, make_output: Callable[[Terminal], Output]) -> None:
+def add(commands: Commands) -> None:
     """Add ``compare``."""
     command = commands.add_parser("compare", help="the same on two kernels, and what differs")
     for letter, which in (("a", "first"), ("b", "second")):
@@ -41,13 +39,8 @@ def add(commands: Commands, make_output: Callable[[Terminal], Output]) -> None:
         metavar="NAME",
         help=f"what is tried ({', '.join(SCENARIOS)}); may be given again",
     )
-    command.add_argument("--json", action="store_true", help="print JSON on standard output, alone")
-    command.add_argument("--report", type=Path, metavar="DIR", help="where the reports go")
-
-    def handler(arguments: argparse.Namespace, terminal: Terminal) -> int:
-        return _run(arguments, terminal, make_output(terminal))
-
-    command.set_defaults(handler=handler)
+    subcommand.add_report(command)
+    subcommand.handle(command, _run)
 
 
 def _run(arguments: argparse.Namespace, terminal: Terminal, output: Output) -> int:

@@ -17,14 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from qemu_ioasid import config, process
+from qemu_ioasid import config, process, subcommand
 from qemu_ioasid.errors import ConfigurationError, InfrastructureError, RequirementError
 from qemu_ioasid.kernel import Spec
 from qemu_ioasid.lab import attach, client, place
 from qemu_ioasid.lab.order import Order
 from qemu_ioasid.lab.place import Entry
 from qemu_ioasid.lab.wire import OUT, Refused, Wire
-from qemu_ioasid.session import Options, Output
+from qemu_ioasid.session import Options
 from qemu_ioasid.terminal import Terminal, indented
 from qemu_ioasid.text import visible
 
@@ -39,7 +39,7 @@ class _Lab:
 
     def __init__(self, arguments: argparse.Namespace, terminal: Terminal) -> None:
         self.entry: Entry = place.find(arguments.name)
-        self.output = _output(terminal)
+        self.output = subcommand.output(terminal)
 
     def note(self, line: str) -> None:
         """Tell of what a kernel has reported since the last command."""
@@ -54,10 +54,6 @@ class _Lab:
         wire = Wire(self.entry.connect())
         wire.tell(op=op, **arguments)
         return wire
-
-
-def _output(terminal: Terminal) -> Output:
-    return Output(terminal.say, terminal.progress, terminal.begins)
 
 
 def _print(document: Any) -> None:
@@ -98,7 +94,7 @@ def _up(order: Order, as_json: bool, terminal: Terminal) -> int:
     place.check_name(order.name)
     place.sweep()
     place.refuse_taken(order.name)
-    told = client.start(order, _output(terminal))
+    told = client.start(order, subcommand.output(terminal))
     if as_json:
         _print(told)
     else:

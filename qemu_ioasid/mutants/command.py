@@ -6,11 +6,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qemu_ioasid import kernel, mutants, session
+from qemu_ioasid import kernel, mutants, session, subcommand
 from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.kernel import mutant
 from qemu_ioasid.mutants import table
@@ -18,11 +16,11 @@ from qemu_ioasid.session import Output
 from qemu_ioasid.terminal import Terminal
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    from qemu_ioasid.subcommand import Commands
 
 
-def add(commands: Commands, make_output: Callable[[Terminal], Output]) -> None:
-    """Add ``mutants`` to *commands*; *make_output* tells where a run talks to."""
+def add(commands: Commands) -> None:
+    """Add ``mutants`` to *commands*."""
     command = commands.add_parser(
         "mutants", help="run the suite against broken kernels: which check kills each?"
     )
@@ -52,13 +50,8 @@ def add(commands: Commands, make_output: Callable[[Terminal], Output]) -> None:
         metavar="SERIES",
         help=f"under them: {kernel.SERIES_FORMS}",
     )
-    command.add_argument("--json", action="store_true", help="print JSON on standard output, alone")
-    command.add_argument("--report", type=Path, metavar="DIR", help="where the reports go")
-
-    def handler(arguments: argparse.Namespace, terminal: Terminal) -> int:
-        return _run(arguments, terminal, make_output(terminal))
-
-    command.set_defaults(handler=handler)
+    subcommand.add_report(command)
+    subcommand.handle(command, _run)
 
 
 def _run(arguments: argparse.Namespace, terminal: Terminal, output: Output) -> int:

@@ -11,20 +11,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qemu_ioasid import patchwise, scenarios, session
+from qemu_ioasid import patchwise, scenarios, session, subcommand
 from qemu_ioasid.kernel import Spec
 from qemu_ioasid.session import Output
 from qemu_ioasid.terminal import Terminal
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    from qemu_ioasid.subcommand import Commands
 
 
 def add(
     commands: Commands,
     common: argparse.ArgumentParser,
     make_spec: Callable[[argparse.Namespace], Spec],
-    make_output: Callable[[Terminal], Output],
 ) -> None:
     """Add ``check-series``; *make_spec* reads what *common* has of a kernel."""
     command = commands.add_parser(
@@ -45,10 +44,10 @@ def add(
     )
     command.add_argument("--report", type=Path, metavar="DIR", help="where the reports go")
 
-    def handler(arguments: argparse.Namespace, terminal: Terminal) -> int:
-        return _run(arguments, make_spec(arguments), terminal, make_output(terminal))
+    def run(arguments: argparse.Namespace, terminal: Terminal, output: Output) -> int:
+        return _run(arguments, make_spec(arguments), terminal, output)
 
-    command.set_defaults(handler=handler)
+    subcommand.handle(command, run)
 
 
 def _run(arguments: argparse.Namespace, spec: Spec, terminal: Terminal, output: Output) -> int:
