@@ -79,6 +79,12 @@ class RigConfig:
     path: str
     text: str
 
+    @property
+    def spare(self) -> list[str]:
+        """The mdevs that no guest has."""
+        owned = {mdev for guest in self.guests.values() for mdev in guest.mdevs}
+        return [mdev for mdev in self.mdevs if mdev not in owned]
+
 
 def load(path: Path, changes: Mapping[str, str] = _NONE) -> RigConfig:
     """Read and check a rig file; raises ConfigurationError naming file, key and reason.

@@ -64,7 +64,9 @@ class ProcessFailed(InfrastructureError):
     def __init__(self, argv: Sequence[str], returncode: int, output: str) -> None:
         how = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
         tail = output.strip().splitlines()
-        last = f": {tail[-1].strip()}" if tail else ""
+        #: Its last line, or how it ended.
+        self.said = tail[-1].strip() if tail else how
+        last = f": {self.said}" if tail else ""
         super().__init__(f"{argv[0]} ended with {how}{last}", evidence=output)
         self.argv = list(argv)
         self.returncode = returncode

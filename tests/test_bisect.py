@@ -61,6 +61,8 @@ class Bisected:
         self.tree = folder / "linux"
         self.tree.mkdir()
         git(self.tree, "init", "-q")
+        (self.tree / "Makefile").write_text("VERSION = 7\nPATCHLEVEL = 2\nSUBLEVEL = 0\n")
+        git(self.tree, "add", "Makefile")
         for number in range(11):
             git(self.tree, "commit", "-q", "--allow-empty", "-m", f"Change {number}")
         self.commits = git(self.tree, "log", "--reverse", "--format=%H").split()

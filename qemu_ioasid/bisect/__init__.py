@@ -23,6 +23,7 @@ from typing import Any, Literal
 from qemu_ioasid import cache, git, process, runs
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, InfrastructureError, ProcessFailed
+from qemu_ioasid.kernel.gittree import GitTree
 from qemu_ioasid.runs import Found
 from qemu_ioasid.session import Output
 
@@ -32,10 +33,16 @@ _WHOLE_SECONDS = 7 * 24 * 3600.0
 #: What `git bisect run` takes exit codes for: 125 cannot be tested, from 128 on it stops.
 GOOD, BAD, SKIP, STOP = 0, 1, 125, 128
 _STATE = "bisect.json"
+_HEX = set("0123456789abcdef")
+#: What git runs for each commit; the state's folder comes behind it.
+STEP = (sys.executable, "-m", "qemu_ioasid.cli", "bisect-step")
+#: How a step tells its bisect what to show.
+SAY, PROGRESS = "qemu-ioasid: ", "qemu-ioasid progress: "
 
 #: *flaky*: it failed, and held on a fresh VM. *unknown*: the rig failed.
 Verdict = Literal["good", "bad", "skip", "flaky", "unknown"]
 CODES: dict[str, int] = {"good": GOOD, "bad": BAD, "skip": SKIP}
+_STOPPED = {"flaky": "FLAKY", "unknown": "not judged, the rig failed"}
 
 
 @dataclass
@@ -85,26 +92,14 @@ def _git(where: Path, *words: str) -> str:
     return git.run(where, *words, deadline=Deadline(_GIT_SECONDS, "git")).strip()
 
 
-def _commit(repository: Path, name: str) -> str:
-    try:
-        return _git(repository, "rev-parse", "-q", "--verify", f"{name}^0")
-    except ProcessFailed:
-        raise ConfigurationError(f"{repository}: no commit {name}") from None
-
-
 def begin(tree: Path, good: str, bad: str, words: Sequence[str]) -> tuple[State, bool]:
     """A bisect of *tree*, and whether it goes on with one that was interrupted.
 
     *words* are what ``qemu-ioasid run`` is told besides the kernel. Raises ConfigurationError for
-    what is no repository, no commit of it, or a *good* that is no ancestor of *bad*.
+    what is no kernel's repository, no commit of it, or a *good* that is no ancestor of *bad*.
     """
-    if not tree.is_dir():
-        raise ConfigurationError(f"--tree {tree}: no such folder")
-    try:
-        repository = Path(_git(tree, "rev-parse", "--show-toplevel"))
-    except ProcessFailed:
-        raise ConfigurationError(f"--tree {tree}: no git repository") from None
-    ends = [_commit(repository, name) for name in (good, bad)]
+    found = [GitTree(tree, name, Deadline(_GIT_SECONDS, "git")) for name in (good, bad)]
+    repository, ends = found[0].repository, [each.commit for each in found]
     key = cache.digest(str(repository), *ends, *words)
     folder = cache.entry("bisect", key)
     if (folder / _STATE).is_file() and (folder / "git/BISECT_START").is_file():
@@ -116,15 +111,10 @@ def begin(tree: Path, good: str, bad: str, words: Sequence[str]) -> tuple[State,
     try:
         _git(state.git, "bisect", "start", "--no-checkout", ends[1], ends[0])
     except ProcessFailed as failed:
-        said = failed.evidence.strip().splitlines()
         shutil.rmtree(folder, ignore_errors=True)
-        raise ConfigurationError(f"{good} and {bad}: {said[-1] if said else 'no range'}") from None
+        raise ConfigurationError(f"{good} and {bad}: {failed.said}") from None
     state.save()
     return state, False
-
-
-#: What git runs for each commit; the state's folder comes behind it.
-STEP = (sys.executable, "-m", "qemu_ioasid.cli", "bisect-step")
 
 
 def drive(state: State, output: Output, step: Sequence[str] = STEP) -> tuple[str, list[str]]:
@@ -162,12 +152,6 @@ def drive(state: State, output: Output, step: Sequence[str] = STEP) -> tuple[str
     if "skip" not in said or not left:
         raise InfrastructureError("git bisect run failed", evidence=said)
     return "", list(dict.fromkeys(left))
-
-
-_STOPPED = {"flaky": "FLAKY", "unknown": "not judged, the rig failed"}
-_HEX = set("0123456789abcdef")
-#: How a step tells its bisect what to show.
-SAY, PROGRESS = "qemu-ioasid: ", "qemu-ioasid progress: "
 
 
 def step(folder: Path, say: Callable[[str], None]) -> int:

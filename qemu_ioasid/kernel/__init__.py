@@ -348,8 +348,7 @@ class _Recipe:
 def _patches(word: str, origin: Origin, deadline: Deadline) -> list[Path]:
     """What is laid over *origin*: the series *word*, or ours where that has it not."""
     if word:
-        repository = getattr(origin, "repository", None)
-        return serieses.patches(word, deadline, repository)
+        return serieses.patches(word, deadline, origin.repository)
     own = PATCHES / origin.base
     return [] if origin.has(_OURS) else serieses.listed(own if own.is_dir() else SERIES)
 

@@ -37,8 +37,8 @@ class Origin(Protocol):
         """The kernel version it is of, ``7.2``."""
 
     @property
-    def dirty(self) -> bool:
-        """Whether there is something in it that nobody has committed."""
+    def repository(self) -> Path | None:
+        """The git repository that it is from."""
 
     def has(self, name: str) -> bool:
         """Whether it has a file *name* by itself."""
@@ -53,7 +53,7 @@ class Origin(Protocol):
 class Debian:
     """A ``linux-source`` package that was fetched."""
 
-    dirty = False
+    repository = None
 
     def __init__(self, fetched: source.Source, deb: Path) -> None:
         self._deb = deb
@@ -83,7 +83,7 @@ class Tarball:
     Raises ConfigurationError when it is none.
     """
 
-    dirty = False
+    repository = None
 
     def __init__(self, path: Path, deadline: Deadline, progress: Progress) -> None:
         self._path = path

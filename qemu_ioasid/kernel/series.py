@@ -96,8 +96,7 @@ def _git(where: Path, deadline: Deadline, *words: str, index: str = "") -> str:
     try:
         return git.run(where, *words, deadline=deadline, env=env)
     except ProcessFailed as failed:
-        said = failed.evidence.strip().splitlines()
-        raise ConfigurationError(f"series {where}: {said[-1] if said else words[0]}") from None
+        raise ConfigurationError(f"series {where}: git {words[0]}: {failed.said}") from None
 
 
 def _as_it_stands(folder: Path, deadline: Deadline) -> Path:
@@ -149,8 +148,7 @@ def _decoded(folder: Path, box: Path, deadline: Deadline) -> Iterator[Path]:
         try:
             told = process.run(argv, deadline=deadline, cwd=folder, input=mail.read_bytes())
         except ProcessFailed as failed:
-            said = failed.evidence.strip().splitlines()
-            raise ConfigurationError(f"series {box}: mail {mail.name}: {said[-1:]}") from None
+            raise ConfigurationError(f"series {box}: mail {mail.name}: {failed.said}") from None
         # A cover letter has none.
         if patch.stat().st_size:
             subject = re.search(r"^Subject: (.*)$", told, re.MULTILINE)

@@ -9,6 +9,7 @@ is queued behind it, and where that lands, tells what the driver did.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -18,6 +19,7 @@ from qemu_ioasid.client import Pending
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.errors import ConfigurationError
+from qemu_ioasid.model.engine import FILL
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Descriptor, Rig
 from qemu_ioasid.scenarios.checks import Checks, Trial, told
@@ -30,8 +32,8 @@ CHUNK = 64 * 1024
 #: Where an address space has the memory that sleeps, and, from its end on, memory that does not.
 SLOW = 0x1000_0000
 PLAIN = SLOW + CHUNK
-#: PDMA_OP_FILL, and what it stores.
-FILL, PATTERN = 2, 0x5A5A_5A5A_5A5A_5A5A
+#: What a fill stores.
+PATTERN = 0x5A5A_5A5A_5A5A_5A5A
 STORED = "5a"
 #: BAR2, by its number as a region.
 RINGS, RINGS_SIZE = 2, 0x10000
@@ -58,24 +60,19 @@ class Space:
 
 def rows(config: RigConfig) -> list[Row]:
     """The checks; raises ConfigurationError for a rig without two mdevs that no guest has."""
-    if len(_spare(config)) < 2:
+    if len(config.spare) < 2:
         raise ConfigurationError(
             f"{config.path}: scenario flight needs two mdevs that no guest has"
         )
     return TABLE.rows(config, {})
 
 
-def _spare(config: RigConfig) -> list[str]:
-    owned = {mdev for guest in config.guests.values() for mdev in guest.mdevs}
-    return [mdev for mdev in config.mdevs if mdev not in owned]
-
-
 def run(rig: Rig, report: Report, rows: Sequence[Row]) -> None:
     """Make the checks of *rows*; failures are in the report, a rig that broke is raised."""
     checks = Checks(rig, report)
-    for phase in dict.fromkeys(row.phase for row in rows):
+    for phase, group in itertools.groupby(rows, lambda row: row.phase):
         with report.phase(phase):
-            for row in (row for row in rows if row.phase == phase):
+            for row in group:
                 with checks.check(row.name, row.tried) as trial, Flight(rig).opened() as flight:
                     row.act(flight, trial)
 
@@ -90,7 +87,7 @@ class Flight:
     def __init__(self, rig: Rig) -> None:
         self.host = rig.host.agent
         self.registrar = rig.registrar
-        self.device, self.other = _spare(rig.config)[:2]
+        self.device, self.other = rig.config.spare[:2]
         self.iommufd = f"agent:{self.device}"
 
     @contextlib.contextmanager

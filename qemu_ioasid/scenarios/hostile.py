@@ -19,6 +19,7 @@ from qemu_ioasid.client import Pending
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.errors import InfrastructureError
+from qemu_ioasid.model.engine import FILL
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Binding, Rig, copy
 from qemu_ioasid.scenarios.acts import OWN_IOVA, parts
@@ -43,8 +44,6 @@ RESET_PAUSE = 0.05
 #: The cap that the list is tried with.
 CAP = 8
 _MODULE = "vfio_pdma"
-#: PDMA_OP_FILL, include/uapi/linux/pdma.h.
-FILL = 2
 
 TABLE = Table()
 _STORM = TABLE.phase("a hostile guest")

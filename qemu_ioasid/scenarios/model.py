@@ -51,8 +51,7 @@ class _Broke(BaseException):
 
 def rows(config: RigConfig) -> list[Row]:
     """The checks; raises ConfigurationError for a rig whose guests have the mdevs, or none has."""
-    owned = {mdev for guest in config.guests.values() for mdev in guest.mdevs}
-    if not set(DEVICES) <= set(config.mdevs) - owned:
+    if not set(DEVICES) <= set(config.spare):
         raise ConfigurationError(
             f"{config.path}: scenario model needs mdevs {', '.join(DEVICES)} that no guest has"
         )
