@@ -65,9 +65,10 @@ class Place:
     #: Which ports the agent binds as sockets.
     sockets: tuple[str, ...] = ("qmp", "ssh")
 
-    def __init__(self, viommu: frozenset[str]) -> None:
-        """*viommu* are the properties of that QEMU's intel-iommu."""
+    def __init__(self, viommu: frozenset[str], slowness: float = 1.0) -> None:
+        """*viommu* are the properties of that QEMU's intel-iommu; *slowness* is as in HostParts."""
         self.viommu = viommu
+        self.slowness = slowness
 
     def huge(self, memory: int) -> bool:
         """Whether *memory* bytes of RAM are taken in huge pages."""
@@ -185,7 +186,7 @@ def boot(
     Raises BootError, InfrastructureError; the host VM then has no such guest.
     """
     words = argv(name, config, place, mdevs)
-    deadline = Deadline(BOOT_SECONDS, f"first reply of {name}'s agent")
+    deadline = Deadline(BOOT_SECONDS * place.slowness, f"first reply of {name}'s agent")
     log_argv(logs, name, words)
     agent.renew()
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as undo:

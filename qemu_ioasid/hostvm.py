@@ -52,6 +52,8 @@ class HostParts:
     guest_viommu: frozenset[str]
     #: Added to the kernel's command line.
     append: str = ""
+    #: What waits for a boot or a restore are stretched by: `kernel.slowness`.
+    slowness: float = 1.0
 
 
 class Ends:
@@ -254,7 +256,8 @@ def boot(
     logs: Path,
 ) -> Iterator[HostMachine]:
     """As `run`, to the agent's first reply. Raises BootError, InfrastructureError."""
-    deadline = Deadline(BOOT_SECONDS, "first reply of the host VM's agent")
+    seconds = BOOT_SECONDS * parts.slowness
+    deadline = Deadline(seconds, "first reply of the host VM's agent")
     with run(parts, config, guests, memory, logs) as host:
         with blamed("host", host.console, host.ending):
             host.agent.wait_ready(deadline)

@@ -317,7 +317,7 @@ def boot(
     with contextlib.ExitStack() as stack:
         with phase("boot the host VM"):
             host = stack.enter_context(hostvm.boot(parts, config.host, config.guests, memory, logs))
-        place = Place(parts.guest_viommu)
+        place = Place(parts.guest_viommu, parts.slowness)
         rig = stack.enter_context(furnished(config, host, place, fresh(config), phase, logs))
         # A guest's hardware clock is as old as its QEMU, and drifts while that is busy.
         deadline = Deadline(SETTLE_SECONDS, "answer of the agents to the time")
@@ -379,7 +379,9 @@ def restore(
     known = saved.known["rig"]
     with contextlib.ExitStack() as stack:
         with phase("restore the rig"):
-            deadline = Deadline(RESTORE_SECONDS, "first reply of the restored agents")
+            deadline = Deadline(
+                RESTORE_SECONDS * parts.slowness, "first reply of the restored agents"
+            )
             memory = saved.memory(config.host.memory)
             host = stack.enter_context(hostvm.run(parts, config.host, config.guests, memory, logs))
             rig = Rig(config, host, logs)
@@ -391,7 +393,7 @@ def restore(
             alive = {name: host.guest_agents[name] for name in known["guests"]}
             hostvm.wake({"host": host.agent, **alive}, deadline)
             host.hello, rig.mdevs = known["hello"], dict(known["mdevs"])
-            place = Place(parts.guest_viommu)
+            place = Place(parts.guest_viommu, parts.slowness)
             for name, told in known["guests"].items():
                 words = guestvm.argv(name, config.guests[name], place, rig.mdevs)
                 guestvm.log_argv(logs, name, words)

@@ -165,6 +165,7 @@ def build(options: Options, configuration: RigConfig, output: Output, report: Re
         },
         guest_viommu=inner.viommu,
         append=options.append,
+        slowness=kernel.slowness(built.config),
     )
 
 

@@ -422,3 +422,11 @@ def test_a_run_is_told_of_the_same_kernel(tmp_path: Path) -> None:
     for told in (kernel.Spec(), spec.naming("debian:7.3", str(tmp_path))):
         arguments = cli._parser().parse_args(["run", *told.words])
         assert cli._spec(arguments) == told
+
+
+def test_a_debug_kernel_gets_more_time(built_kernel: kernel.Kernel, tmp_path: Path) -> None:
+    assert kernel.slowness(built_kernel.config) == 1.0
+    asked = options.read([kernel.PATCHES / "config/debug.config"])
+    debug = tmp_path / "config"
+    debug.write_text("".join(f"{option.name}={option.value}\n" for option in asked))
+    assert kernel.slowness(debug) > 1.0

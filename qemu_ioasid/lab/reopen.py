@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from qemu_ioasid import image, qemu, snapshot, standby
+from qemu_ioasid import image, kernel, qemu, snapshot, standby
 from qemu_ioasid.config import GuestConfig, HostConfig, MdevConfig, RigConfig, Size
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError
@@ -61,6 +61,7 @@ def parts(saved: Snapshot) -> tuple[RigConfig, HostParts]:
             disks=_disks(identity),
             guest_viommu=_private(_disks(identity)["root"].with_name("root")).viommu,
             append=_append(identity),
+            slowness=kernel.slowness(Path(identity["kernel"]).with_name("config")),
         )
     except (KeyError, TypeError, ValueError, IndexError, StopIteration):
         raise ConfigurationError(f"{saved.folder}: was not saved by this version") from None

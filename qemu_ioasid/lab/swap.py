@@ -102,7 +102,7 @@ def _swap(life: Life, built: Kernel, scratch: Path, phase: Phase) -> list[str]:
                 life.modules = None
                 _exchange(running.host, old, new, changed)
             life.modules = built.modules
-        place, uuids = Place(life.parts.guest_viommu), rig.fresh(life.config)
+        place, uuids = Place(life.parts.guest_viommu, life.parts.slowness), rig.fresh(life.config)
         life.stack.enter_context(rig.assembled(running, place, uuids, phase))
         deadline = Deadline(SWAP_SECONDS, "answer of the guests to the time")
         hostvm.wake({name: guest.agent for name, guest in running.guests.items()}, deadline)

@@ -318,7 +318,7 @@ def _booted(rig: Rig, **changes: bool) -> Iterator[Guest]:
         rig.host,
         name,
         guest,
-        Place(parts.guest_viommu),
+        Place(parts.guest_viommu, parts.slowness),
         rig.mdevs,
         rig.host.guest_consoles[name],
         rig.host.guest_agents[name],
