@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 # The kernel's build, the images, Python; EXTRA_PACKAGES is the caller's own.
 read -ra PACKAGES <<<"gcc libc6-dev make flex bison bc libelf-dev patch xz-utils \
-	mmdebstrap erofs-utils debian-archive-keyring python3 python3-venv ${EXTRA_PACKAGES:-}"
+	libcap-dev uuid-dev mmdebstrap erofs-utils debian-archive-keyring python3 python3-venv ${EXTRA_PACKAGES:-}"
 
 die() { # exit-code message...
 	local code=$1

@@ -39,6 +39,7 @@ from qemu_ioasid.patchwise import command as patchwise
 from qemu_ioasid.qemu import ACCELERATORS
 from qemu_ioasid.report import VERDICTS, Report, counts
 from qemu_ioasid.scenarios import SCENARIOS
+from qemu_ioasid.selftest import command as selftest
 from qemu_ioasid.session import Options, Terminated
 from qemu_ioasid.standby import Start
 from qemu_ioasid.terminal import Terminal, indented, line
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     patchwise.add(commands, common, _spec)
     _add_bench(commands, common)
     lab.add(commands, common, _add_start, _options)
+    selftest.add(commands, _common("selftest"), _add_machine, _spec, _ended)
     builds.add(commands, common, _spec)
 
     page = commands.add_parser("report", help="make a report's page anew from its report.json")
@@ -96,14 +98,14 @@ def add_kernel(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _common() -> argparse.ArgumentParser:
-    """What every command that wants a kernel takes."""
+def _common(profile: str = "default") -> argparse.ArgumentParser:
+    """What every command that wants a kernel takes; *profile* is the one where none is named."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--profile",
-        default="default",
-        choices=("default", "debug"),
-        help="the kernel's config profile",
+        default=profile,
+        choices=kernel.PROFILES,
+        help=f"the kernel's config profile ({profile})",
     )
     add_kernel(common)
     common.add_argument(
@@ -279,7 +281,10 @@ def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         host=arguments.host,
         parts=arguments.parts,
     )
-    ended = session.run(options, subcommand.output(terminal))
+    return _ended(session.run(options, subcommand.output(terminal)), arguments, terminal)
+
+
+def _ended(ended: Report, arguments: argparse.Namespace, terminal: Terminal) -> int:
     if arguments.json:
         print(json.dumps(ended.document(), indent=2))
     else:

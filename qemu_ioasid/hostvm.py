@@ -54,6 +54,8 @@ class HostParts:
     append: str = ""
     #: What waits for a boot or a restore are stretched by: `kernel.slowness`.
     slowness: float = 1.0
+    #: What QEMU's ``-device`` takes: each on a root port of its own, behind the virtual IOMMU.
+    devices: tuple[str, ...] = ()
 
 
 class Ends:
@@ -116,6 +118,10 @@ def argv(
         words += ends.chardev(port)
     words += common_argv("host", config.viommu.device(parts.qemu.viommu), smp)
     words += disk_argv({serial: str(path) for serial, path in parts.disks.items()})
+    for number, device in enumerate(parts.devices):
+        port = f"port{number}"
+        words += ["-device", f"pcie-root-port,id={port},chassis=1,slot={number + 1}"]
+        words += ["-device", f"{device},bus={port}"]
     for guest in guests:
         for port in (f"console.{guest}", f"agent.{guest}"):
             words += [

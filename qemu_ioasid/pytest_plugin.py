@@ -61,7 +61,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--ioasid-rig", type=Path, metavar="FILE", help="the rig of tests that name none")
     add("--ioasid-qemu", default="auto", metavar="PROGRAM", help="the host VM's QEMU")
     add("--ioasid-accel", default="auto", choices=ACCELERATORS, help="kvm refuses to fall back")
-    add("--ioasid-profile", default="default", choices=("default", "debug"), help="the kernel's")
+    add("--ioasid-profile", default="default", choices=kernel.PROFILES, help="the kernel's")
     add("--ioasid-kernel", default="", metavar="NAME", help=kernel.FORMS)
     add("--ioasid-series", default="", metavar="SERIES", help=kernel.SERIES_FORMS)
     add("--ioasid-report", type=Path, metavar="DIR", help="where failures are kept")

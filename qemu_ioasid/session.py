@@ -332,11 +332,21 @@ def run(options: Options, output: Output) -> Report:
         begins=output.begins,
         progress=output.progress,
     )
+    with told(report), _started(options, configuration, output, report) as running:
+        scenario.run(running, report, rows, **options.order)
+        with report.phase("take it apart"):
+            running.dismantle()
+    return report
+
+
+@contextlib.contextmanager
+def told(report: Report) -> Iterator[None]:
+    """What becomes of the block is in *report*, which is then on disk.
+
+    Raises KeyboardInterrupt and `Terminated` after having written it, and nothing else.
+    """
     try:
-        with _started(options, configuration, output, report) as running:
-            scenario.run(running, report, rows, **options.order)
-            with report.phase("take it apart"):
-                running.dismantle()
+        yield
         report.exit_code = 1 if report.failed else 0
     except Enough:
         report.exit_code = 1
@@ -349,6 +359,5 @@ def run(options: Options, output: Output) -> Report:
     except Exception as error:
         report.fail(4, f"bug in the rig: {error!r}", traceback.format_exc())
     finally:
-        with explained(folder, "make room, or take another folder with --report"):
+        with explained(report.folder, "make room, or take another folder with --report"):
             report.write()
-    return report

@@ -16,7 +16,18 @@ PACKAGE = Path(qemu_ioasid.__file__).parent
 #: From the top; modules on one floor do not import each other.
 FLOORS = (
     ("cli", "pytest_plugin", "avocado"),
-    ("bench", "bisect", "builds", "compare", "lab", "mutants", "patchwise", "rigpool", "matrix"),
+    (
+        "bench",
+        "bisect",
+        "builds",
+        "compare",
+        "lab",
+        "mutants",
+        "patchwise",
+        "rigpool",
+        "matrix",
+        "selftest",
+    ),
     ("subcommand",),
     ("session", "terminal", "runs"),
     ("scenarios",),

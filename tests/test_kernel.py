@@ -266,19 +266,33 @@ def test_every_fragment_says_why() -> None:
         assert options.read([fragment]), fragment
 
 
-@pytest.mark.parametrize("profile", ["default", "debug"])
+@pytest.mark.parametrize("profile", kernel.PROFILES)
 def test_the_shipped_options_can_all_be_set(
     built_kernel: kernel.Kernel, profile: str, tmp_path: Path
 ) -> None:
     found = json.loads(built_kernel.provenance.read_text())
     package, version = found["source"].split(" ")
     src = cache.entry("kernel-tree", source.Source(package, version, "").key) / "src"
-    fragments = [
-        path
-        for path in sorted((kernel.PATCHES / "config").glob("*.config"))
-        if path.stem != "debug" or profile == "debug"
-    ]
-    make.Build(src, tmp_path, 2).configure(options.read(fragments), Deadline(60, "config"))
+    _, asked = kernel._asked(kernel.PATCHES / "config", profile, True)
+    make.Build(src, tmp_path, 2).configure(asked, Deadline(60, "config"))
+
+
+def test_a_profiles_own_fragment(tmp_path: Path) -> None:
+    """It is nobody else's, and has the last word where it differs."""
+    (tmp_path / "some.config").write_text("# CONFIG_GROUP is not set\nCONFIG_SOME=y\n")
+    (tmp_path / "selftest.config").write_text("CONFIG_GROUP=y\n")
+    (tmp_path / "debug.config").write_text("CONFIG_DEBUG=y\n")
+    wanted = {
+        "default": {"CONFIG_GROUP": "n", "CONFIG_SOME": "y"},
+        "debug": {"CONFIG_GROUP": "n", "CONFIG_SOME": "y", "CONFIG_DEBUG": "y"},
+        "selftest": {"CONFIG_GROUP": "y", "CONFIG_SOME": "y"},
+    }
+    for profile, values in wanted.items():
+        _, asked = kernel._asked(tmp_path, profile, True)
+        assert {option.name: option.value for option in asked} == values
+    (tmp_path / "other.config").write_text("CONFIG_SOME=m\n")
+    with pytest.raises(ConfigurationError, match="CONFIG_SOME"):
+        kernel._asked(tmp_path, "selftest", True)
 
 
 def test_what_is_configured_already(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ SECTION = "ioasid"
 PARAMETERS = {
     "qemu": ("auto", "the host VM's QEMU: auto, private (11.1), 10.0 or a program"),
     "accel": ("auto", "auto, kvm or tcg"),
-    "profile": ("default", "the kernel's config profile: default or debug"),
+    "profile": ("default", f"the kernel's config profile: {', '.join(kernel.PROFILES)}"),
     "kernel": ("", f"which kernel: {kernel.FORMS}"),
     "series": ("", f"what is laid over it: {kernel.SERIES_FORMS}"),
     "append": ("", "more for the host VM's kernel command line"),

@@ -16,18 +16,19 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qemu_ioasid import cache, erofs
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, DeadlineExceeded
-from qemu_ioasid.kernel import make, options, ready, source, tree
+from qemu_ioasid.kernel import make, options, ready, selftest, source, tree
 from qemu_ioasid.kernel import origin as origins
 from qemu_ioasid.kernel import series as serieses
 from qemu_ioasid.kernel.origin import Origin
+from qemu_ioasid.kernel.selftest import Programs
 from qemu_ioasid.kernel.tree import Tree
 
 PATCHES = Path(__file__).resolve().parents[2] / "kernel-patches"
@@ -36,7 +37,8 @@ SERIES = PATCHES / "7.2"
 _OURS = "drivers/vfio/pdma/Makefile"
 #: Changes with the way a kernel is made of the same inputs.
 _VERSION = "2"
-_DEBUG = "debug"
+#: A fragment that is named after one belongs to it alone, and has the last word in it.
+PROFILES = ("default", "debug", "selftest")
 #: The fragment of what the series brings.
 _DRIVER = "pdma"
 _MUTANT = "mutant"
@@ -48,6 +50,8 @@ FORMS, SERIES_FORMS = origins.FORMS, serieses.FORMS
 
 Progress = Callable[[str], None]
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -58,7 +62,8 @@ class Spec:
     #: "": ours, on a kernel that has it not.
     series: str = ""
 
-    #: ``default``, or ``debug`` (lockdep, KASAN; slow).
+    #: One of `PROFILES`: ``debug`` has lockdep and KASAN, and is slow; ``selftest`` has what the
+    #: kernel's own tests want, an iommufd that makes itself devices among it.
     profile: str = "default"
     #: Patches of the series that are left out, by shell globs of their names.
     without: tuple[str, ...] = ()
@@ -179,17 +184,41 @@ def build(spec: Spec, *, deadline: Deadline, progress: Progress) -> Kernel:
     Raises ConfigurationError (a fragment, a patch), RequirementError (no
     source, no compiler), ProcessFailed (it does not compile), DeadlineExceeded.
     """
-    if spec.profile not in ("default", _DEBUG):
-        raise ConfigurationError(f"kernel profile {spec.profile}: there are default and {_DEBUG}")
+    if spec.profile not in PROFILES:
+        known = ", ".join(PROFILES)
+        raise ConfigurationError(f"kernel profile {spec.profile}: there are {known}")
     kind, _, rest = spec.source.partition(":")
     if kind == "image":
         return _ready(rest, spec, deadline)
+    return _of_source(spec, lambda recipe: recipe.get(deadline, progress), deadline, progress)
+
+
+def selftests(
+    spec: Spec, targets: Sequence[str], *, deadline: Deadline, progress: Progress
+) -> Programs:
+    """The kernel's own tests, tools/testing/selftests/TARGET of each, of what `build` builds.
+
+    Raises as `build`, and RequirementError naming a library that they need.
+    """
+    selftest.require(targets)
+    return _of_source(
+        replace(spec, update=False),
+        lambda recipe: recipe.selftests(targets, deadline, progress),
+        deadline,
+        progress,
+    )
+
+
+def _of_source(
+    spec: Spec, act: Callable[[_Recipe], T], deadline: Deadline, progress: Progress
+) -> T:
+    """What *act* makes of the first source of *spec* that the series applies to."""
     compiler = make.compiler(deadline)
     word = _word(spec, deadline)
     refused: ConfigurationError | None = None
     for origin in origins.find(word, spec.update, deadline, progress):
         try:
-            kernel = _Recipe(spec, origin, compiler, deadline).get(deadline, progress)
+            made = act(_Recipe(spec, origin, compiler, deadline))
         except tree.PatchRefused as error:
             refused = refused or error
             progress(f"the series does not apply to {origin}")
@@ -199,7 +228,7 @@ def build(spec: Spec, *, deadline: Deadline, progress: Progress) -> Kernel:
             source.remember(base, origin.fetched)
             if origin.base != base:
                 progress(f"the archive has no linux-source-{base}: built {origin} instead")
-        return kernel
+        return made
     assert refused is not None
     raise refused
 
@@ -295,10 +324,7 @@ class _Recipe:
             self.patches.append(spec.mutant)
         self.series_hash = cache.digest(*[patch.read_bytes() for patch in self.patches])
         ours = origin.has(_OURS) or any(_OURS in tree.names(patch) for patch in self.patches)
-        left_out = {_DEBUG: spec.profile != _DEBUG, _DRIVER: not ours}
-        found = sorted(spec.fragments.glob("*.config"))
-        self.fragments = [path for path in found if not left_out.get(path.stem)]
-        shipped = options.read(self.fragments)
+        self.fragments, shipped = _asked(spec.fragments, spec.profile, ours)
         self.options = options.laid_over(shipped, options.read(spec.config))
         self.kind = "kernel" if spec.mutant is None else _MUTANT
 
@@ -319,8 +345,26 @@ class _Recipe:
             cache.prune(_MUTANT, MUTANTS_KEPT)
         return _load(path, was_there)
 
-    def _build(self, folder: Path, deadline: Deadline, progress: Progress) -> None:
-        started = time.monotonic()
+    def selftests(self, targets: Sequence[str], deadline: Deadline, progress: Progress) -> Programs:
+        """Its tests; of the kernel's config they know nothing."""
+        inputs = (self.origin.content, self.series_hash, self.compiler)
+        key = cache.digest(selftest.VERSION, *inputs, *targets)
+
+        def compile_them(folder: Path) -> None:
+            with self._worked_in(deadline, progress) as built:
+                progress(f"compiling tools/testing/selftests: {', '.join(targets)}")
+                mended = selftest.mended(built.tests, targets)
+                programs = built.selftests(targets, list(mended.values()), deadline)
+                selftest.keep(programs, mended, folder, deadline)
+
+        folder, _ = cache.get_or_build(selftest.KIND, key, compile_them, deadline=deadline)
+        os.utime(folder)
+        cache.prune(selftest.KIND, selftest.KEPT)
+        return selftest.load(folder)
+
+    @contextlib.contextmanager
+    def _worked_in(self, deadline: Deadline, progress: Progress) -> Iterator[make.Build]:
+        """The tree, holding all that is hashed and nothing else, and nobody else's meanwhile."""
         kept = origins.laid_out(self.origin, deadline, progress)
         place = kept.folder
         waiting = functools.partial(
@@ -331,7 +375,11 @@ class _Recipe:
             self.origin.renew(kept, deadline)
             progress(f"applying {len(self.patches)} patches")
             kept.apply(self.patches, deadline)
-            built = make.Build(kept.src, place / f"build-{self.spec.profile}", self.spec.jobs)
+            yield make.Build(kept.src, place / f"build-{self.spec.profile}", self.spec.jobs)
+
+    def _build(self, folder: Path, deadline: Deadline, progress: Progress) -> None:
+        started = time.monotonic()
+        with self._worked_in(deadline, progress) as built:
             progress(f"configuring: {len(self.options)} options asked for")
             built.configure(self.options, deadline)
             progress("compiling the kernel")
@@ -352,6 +400,16 @@ class _Recipe:
             "warnings": built.warnings(),
         }
         (folder / "provenance.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+def _asked(folder: Path, profile: str, ours: bool) -> tuple[list[Path], list[options.Option]]:
+    """The fragments in *folder* that a profile is made of, and what they ask for together.
+
+    *ours* tells whether the kernel has the driver.
+    """
+    others = {*PROFILES, *([] if ours else [_DRIVER])} - {profile}
+    found = [path for path in sorted(folder.glob("*.config")) if path.stem not in others]
+    return found, options.read(found, folder / f"{profile}.config")
 
 
 def _patches(word: str, origin: Origin, deadline: Deadline) -> list[Path]:

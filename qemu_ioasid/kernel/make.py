@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qemu_ioasid import process
 from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.errors import ProcessFailed, RequirementError
+from qemu_ioasid.errors import ConfigurationError, ProcessFailed, RequirementError
 from qemu_ioasid.kernel import options
 
 #: Program and the Debian package that has it.
@@ -132,6 +132,46 @@ class Build:
             except ProcessFailed as failed:
                 raise _explained(failed, self.out / "build.log") from None
             self._make(["headers"], deadline)
+
+    @property
+    def tests(self) -> Path:
+        """Where the kernel's own tests are."""
+        return self.src / "tools/testing/selftests"
+
+    def selftests(
+        self, targets: Sequence[str], flags: Sequence[str], deadline: Deadline
+    ) -> dict[str, list[Path]]:
+        """Compile tools/testing/selftests/TARGET of each; its tests by target, as its Makefile has.
+
+        *flags* are for the compiler. Each test is one file without libraries; a script lies in
+        the source. Raises ConfigurationError for a target that this kernel has not, ProcessFailed.
+        """
+        folder, out = self.tests, self.out / "kselftest"
+        for target in targets:
+            if not (folder / target / "Makefile").is_file():
+                raise ConfigurationError(f"selftest {target}: no such target of {folder}")
+        self._make(["headers"], deadline)
+        # Their Makefiles know nothing of the headers that they include.
+        shutil.rmtree(out, ignore_errors=True)
+        words = [f"O={self.out}", f"TARGETS={' '.join(targets)}", "SKIP_TARGETS="]
+        words += ["FORCE_TARGETS=1", "USERLDFLAGS=-static -s", f"-j{self.jobs}"]
+        words += [f"USERCFLAGS={' '.join(flags)}"]
+        argv = ["env", *(f"--unset={name}" for name in _FOREIGN), "make", "--no-print-directory"]
+        log = self.out / "selftest.log"
+        log.unlink(missing_ok=True)
+        try:
+            process.run([*argv, "-C", str(folder), *words], env=_FIXED, deadline=deadline, log=log)
+        except ProcessFailed as failed:
+            raise _explained(failed, log) from None
+        found = {}
+        for target in targets:
+            places = [out / target, folder / target]
+            words = ["-s", "-C", str(places[1]), f"OUTPUT={places[0]}", f"COLLECTION={target}"]
+            said = process.run([*argv, *words, "emit_tests"], env=_FIXED, deadline=deadline)
+            names = re.findall(rf"^{re.escape(target)}:(\S+)$", said, re.MULTILINE)
+            files = [[place / name for place in places] for name in names]
+            found[target] = [next(filter(Path.is_file, each), each[0]) for each in files]
+        return found
 
     def _targets(self) -> list[str]:
         found = options.parse((self.out / ".config").read_text())

@@ -38,11 +38,11 @@ def parse(text: str) -> dict[str, str]:
     return found
 
 
-def read(fragments: Iterable[Path]) -> list[Option]:
-    """All requests in *fragments*.
+def read(fragments: Iterable[Path], last_word: Path | None = None) -> list[Option]:
+    """All requests in *fragments*; where *last_word*, one of them, contradicts another, its own.
 
     Raises ConfigurationError for a line that is no request, or when two
-    fragments contradict each other.
+    others contradict each other.
     """
     options: dict[str, Option] = {}
     for fragment in fragments:
@@ -54,7 +54,9 @@ def read(fragments: Iterable[Path]) -> list[Option]:
             raise ConfigurationError(f"{fragment}: not a config line: {error}") from None
         for name, value in found.items():
             other = options.setdefault(name, Option(name, value, fragment))
-            if other.value != value:
+            if other.value != value and fragment == last_word:
+                options[name] = Option(name, value, fragment)
+            elif other.value != value and other.fragment != last_word:
                 raise ConfigurationError(
                     f"{fragment}: {name}={value}, but {other.fragment.name} wants {other.value}"
                 )
