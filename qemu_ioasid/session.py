@@ -322,21 +322,25 @@ def run(options: Options, output: Output) -> Report:
         raise ConfigurationError(f"scenario {options.scenario}: needs a host VM, not --host local")
     configuration = config.load(options.rig, options.changes)
     rows = table.choose(scenario.rows(configuration), options.checks)
-    folder = report_folder(options.report, options.scenario)
-    report = Report(
-        folder,
-        options.scenario,
-        output.say,
-        rig=configuration.text,
-        first=options.first,
-        begins=output.begins,
-        progress=output.progress,
-    )
+    report = begun(options, options.scenario, output, configuration.text)
     with told(report), _started(options, configuration, output, report) as running:
         scenario.run(running, report, rows, **options.order)
         with report.phase("take it apart"):
             running.dismantle()
     return report
+
+
+def begun(options: Options, name: str, output: Output, rig: str = "") -> Report:
+    """The report of a run, in a folder of its own; *rig* is its file. Raises as `report_folder`."""
+    return Report(
+        report_folder(options.report, name),
+        name,
+        output.say,
+        rig=rig,
+        first=options.first,
+        begins=output.begins,
+        progress=output.progress,
+    )
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -203,7 +203,7 @@ def selftests(
     """
     selftest.require(targets)
     return _of_source(
-        replace(spec, update=False),
+        dataclasses.replace(spec, update=False),
         lambda recipe: recipe.selftests(targets, deadline, progress),
         deadline,
         progress,

@@ -62,6 +62,19 @@ def _has_libelf() -> bool:
     return any(Path(folder, "gelf.h").exists() for folder in ("/usr/include", "/usr/local/include"))
 
 
+def _make_in(
+    folder: Path,
+    words: Sequence[str],
+    deadline: Deadline,
+    on_line: Progress | None = None,
+    log: Path | None = None,
+) -> str:
+    """What make says in *folder*; nothing in the user's environment steers it."""
+    unset = [f"--unset={name}" for name in _FOREIGN]
+    argv = ["env", *unset, "make", "-C", str(folder), "--no-print-directory", *words]
+    return process.run(argv, env=_FIXED, deadline=deadline, on_line=on_line, log=log)
+
+
 class Build:
     """The build folder *out* of the source *src*; the caller holds the tree's lock."""
 
@@ -74,13 +87,10 @@ class Build:
     def _make(
         self, targets: Sequence[str], deadline: Deadline, on_line: Progress | None = None
     ) -> str:
-        unset = [f"--unset={name}" for name in _FOREIGN]
-        argv = ["env", *unset, "make", "-C", str(self.src), f"O={self.out}", f"-j{self.jobs}"]
-        argv += ["--no-print-directory", *targets]
+        words = [f"O={self.out}", f"-j{self.jobs}", *targets]
         if shutil.which("ccache"):
-            argv.append("CC=ccache gcc")
-        log = self.out / "build.log"
-        return process.run(argv, env=_FIXED, deadline=deadline, on_line=on_line, log=log)
+            words.append("CC=ccache gcc")
+        return _make_in(self.src, words, deadline, on_line, self.out / "build.log")
 
     def configure(self, asked: Sequence[options.Option], deadline: Deadline) -> None:
         """A .config of *asked* and what that implies, everything else off.
@@ -156,18 +166,17 @@ class Build:
         words = [f"O={self.out}", f"TARGETS={' '.join(targets)}", "SKIP_TARGETS="]
         words += ["FORCE_TARGETS=1", "USERLDFLAGS=-static -s", f"-j{self.jobs}"]
         words += [f"USERCFLAGS={' '.join(flags)}"]
-        argv = ["env", *(f"--unset={name}" for name in _FOREIGN), "make", "--no-print-directory"]
         log = self.out / "selftest.log"
         log.unlink(missing_ok=True)
         try:
-            process.run([*argv, "-C", str(folder), *words], env=_FIXED, deadline=deadline, log=log)
+            _make_in(folder, words, deadline, log=log)
         except ProcessFailed as failed:
             raise _explained(failed, log) from None
         found = {}
         for target in targets:
             places = [out / target, folder / target]
-            words = ["-s", "-C", str(places[1]), f"OUTPUT={places[0]}", f"COLLECTION={target}"]
-            said = process.run([*argv, *words, "emit_tests"], env=_FIXED, deadline=deadline)
+            words = ["-s", f"OUTPUT={places[0]}", f"COLLECTION={target}", "emit_tests"]
+            said = _make_in(places[1], words, deadline)
             names = re.findall(rf"^{re.escape(target)}:(\S+)$", said, re.MULTILINE)
             files = [[place / name for place in places] for name in names]
             found[target] = [next(filter(Path.is_file, each), each[0]) for each in files]

@@ -53,15 +53,7 @@ def run(options: Options, order: Order, output: Output) -> Report:
         raise ConfigurationError(f"kernel {options.kernel.source}: tests are built from a source")
     chosen = targets.find(order.names, order.modes)
     known = expected.load()
-    folder = session.report_folder(options.report, "selftest")
-    report = Report(
-        folder,
-        "selftest",
-        output.say,
-        first=options.first,
-        begins=output.begins,
-        progress=output.progress,
-    )
+    report = session.begun(options, "selftest", output)
     with session.told(report):
         parts, programs = _build(options, [target.name for target in chosen], output, report)
         release = str(report.versions["kernel"]["release"])
