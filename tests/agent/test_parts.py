@@ -71,7 +71,8 @@ def test_differing_joins_across_pages_and_small_gaps_only() -> None:
 
 def test_watch_tells_expected_from_unexpected() -> None:
     with mmap.mmap(-1, 16 * PAGE) as memory:
-        memory[PAGE : 2 * PAGE] = os.urandom(PAGE)
+        # No byte of it is zero: one that is copied onto zeroes does not show as a change.
+        memory[PAGE : 2 * PAGE] = bytes(1 + at % 255 for at in range(PAGE))
         watch = Watch(memory, PAGE, 8 * PAGE)
         data = memory[PAGE : PAGE + 200]
         memory[3 * PAGE : 3 * PAGE + 200] = data
