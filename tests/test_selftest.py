@@ -20,6 +20,7 @@ from qemu_ioasid.selftest import expected, program, targets
 from qemu_ioasid.selftest.expected import Expected
 from qemu_ioasid.selftest.ktap import Result
 from qemu_ioasid.selftest.program import Gone, Made, Program
+from qemu_ioasid.selftest.targets import Target
 from tests.conftest import Command
 from tests.test_ktap import CAPTURED, HARNESS, told
 
@@ -281,7 +282,9 @@ class FakeProgram:
         return Made(Result("kernel", "not ok", "WARNING"), 0.0) if self._name == "warns" else None
 
 
-def test_a_target_goes_on_in_another_vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def booted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The VMs that were booted, which are none."""
     booted: list[str] = []
 
     @contextlib.contextmanager
@@ -293,19 +296,19 @@ def test_a_target_goes_on_in_another_vm(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(selftest, "_booted", boot)
     monkeypatch.setattr(selftest, "Program", FakeProgram)
+    return booted
+
+
+VIOMMU = SimpleNamespace(viommu=frozenset({"scalable-mode", "fsts", "fs1gp"}))
+PARTS = HostParts(VIOMMU, "tcg", Path("kernel"), {}, frozenset())  # type: ignore[arg-type]
+
+
+def test_a_target_goes_on_in_another_vm(tmp_path: Path, booted: list[str]) -> None:
     report = Report(tmp_path, "selftest", lambda line: None)
     tests = selftest.Tests(report, [], "7.2.12", ())
     names = ["first", "crash", "script.sh", "warns", "last"]
     programs = Programs(Path("disk"), {"demo": names}, ["demo/script.sh"])
-    viommu = frozenset({"scalable-mode", "fs1gp"})
-    parts = HostParts(
-        SimpleNamespace(viommu=viommu),  # type: ignore[arg-type]
-        "tcg",
-        Path("kernel"),
-        {},
-        frozenset(),
-    )
-    tests.run(targets.find(["demo"], [])[0], "second-stage", parts, programs)
+    tests.run(targets.find(["demo"], [])[0], "second-stage", PARTS, programs)
     assert booted == ["demo-second-stage-1", "demo-second-stage-2"]
     assert [(check.name, check.verdict) for check in report.checks] == [
         ("demo/first/a", "pass"),
@@ -319,6 +322,31 @@ def test_a_target_goes_on_in_another_vm(tmp_path: Path, monkeypatch: pytest.Monk
         tests.close()
     with pytest.raises(ConfigurationError, match="program nonesuch: unknown"):
         selftest.Tests(report, [], "7.2.12", ["nonesuch"]).choose(programs)
+
+
+@pytest.mark.parametrize(
+    ("only", "vms", "made"),
+    [
+        (
+            [],
+            ["demo-legacy-1", "demo-first-stage-1"],
+            ["demo/each/a [legacy]", "demo/same/a", "demo/each/a [first-stage]"],
+        ),
+        (["same"], ["demo-legacy-1"], ["demo/same/a"]),
+    ],
+)
+def test_what_no_mode_changes_is_run_once(
+    tmp_path: Path, booted: list[str], only: list[str], vms: list[str], made: list[str]
+) -> None:
+    """In the first mode that is asked for; no VM is booted for nothing."""
+    report = Report(tmp_path, "selftest", lambda line: None)
+    tests = selftest.Tests(report, [], "7.2.12", only)
+    programs = Programs(Path("disk"), {"demo": ["each", "same"]})
+    target = Target("demo", modes=("legacy", "first-stage"), by_mode=True, once=["same"])
+    for mode in target.modes:
+        tests.run(target, mode, PARTS, programs)
+    assert booted == vms
+    assert [check.name for check in report.checks] == made
 
 
 # --- the command ------------------------------------------------------------------------------
@@ -395,3 +423,5 @@ def test_vfios_own_tests(command: Command) -> None:
     )
     skipped = [name for name, check in made.items() if check["verdict"] == "skip"]
     assert skipped == ["vfio/vfio_pci_driver_test [first-stage]"]
+    ours = "vfio/vfio_pdma_pasid_test/vfio_pdma_pasid_test.attach_detach"
+    assert made[ours]["verdict"] == "pass"

@@ -109,7 +109,9 @@ class Tests:
     def run(self, target: Target, mode: str, parts: HostParts, programs: Programs) -> None:
         """All programs of *target*, each in a VM that no other has broken."""
         names = [
-            name for name in programs.tests[target.name] if name in self._only or not self._only
+            name
+            for name in programs.tests[target.name]
+            if (name in self._only or not self._only) and target.runs(name, mode)
         ]
         where = f"{target.name}, {mode}" if target.by_mode else target.name
         lives = 0
@@ -196,7 +198,7 @@ def check(
         answered = f"passes, and {expected.FILE.name} expects a failure: {entry.reason}"
     said = result.diagnostics if verdict != "pass" else []
     return Check(
-        name=name + (f" [{mode}]" if target.by_mode else ""),
+        name=name + (f" [{mode}]" if target.tells_mode(program) else ""),
         verdict=verdict,
         tried=f"{program}: {result.name}" if result.name else program,
         answered=answered,

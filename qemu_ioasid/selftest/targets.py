@@ -48,6 +48,8 @@ class Target:
     modes: Sequence[str] = ("second-stage",)
     #: Whether the names of its tests tell the mode.
     by_mode: bool = False
+    #: Programs that are the same in every mode: run in the first, and their names tell none.
+    once: Sequence[str] = ()
     memory: int = 1024
     devices: tuple[str, ...] = ()
     #: Added to the kernel's command line.
@@ -60,6 +62,14 @@ class Target:
         """Its VM in that mode."""
         return HostConfig(memory=Size(self.memory * config.MIB), viommu=MODES[mode])
 
+    def runs(self, program: str, mode: str) -> bool:
+        """Whether *program* is run in that mode."""
+        return program not in self.once or mode == self.modes[0]
+
+    def tells_mode(self, program: str) -> bool:
+        """Whether the names of *program*'s tests tell the mode."""
+        return self.by_mode and program not in self.once
+
     def arguments(self, program: str, words: Sequence[str]) -> Sequence[str]:
         """What *program* is called with."""
         return words if program in self.takes_all else words[:1]
@@ -71,6 +81,8 @@ _KNOWN = (
         "vfio",
         modes=tuple(MODES),
         by_mode=True,
+        # its devices are emulated: no DMA of theirs comes to the IOMMU
+        once=("vfio_pdma_pasid_test",),
         # a gigabyte in one piece lies above the hole below 4 GiB
         memory=4096,
         devices=(_IGB, _IGB),
