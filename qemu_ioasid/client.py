@@ -48,7 +48,7 @@ _CHANGES = {"changed": [_RANGE], "unexpected": [_RANGE]}
 _COMPLETION = {"status": str | int, "pasid": int, "error": int, "addr": int, "done": int}
 #: What the answers to operations must be like (docs/agent.md): guests say what they like.
 _ANSWERS: dict[str, Any] = {
-    "hello": {"role": str, "release": str, "kernel": dict},
+    "hello": {"role": str, "release": str, "cpus": int, "kernel": dict},
     "arena": {"gpa": int, "size": int},
     "nonce": {"hex": str},
     "read": {"hex": str},

@@ -306,7 +306,7 @@ Phase = Callable[[str], contextlib.AbstractContextManager[None]]
 def boot(
     config: RigConfig, parts: HostParts, phase: Phase, logs: Path, memory: Memory | None = None
 ) -> Iterator[Rig]:
-    """Boot the host VM, then all guests at once; everything ends with the block.
+    """Boot the host VM, then the guests; everything ends with the block.
 
     When the block ends without an exception, a report on any console raises
     KernelBroke; when it ends with one, such a report replaces it, since it is
@@ -430,7 +430,12 @@ def _console_verdict(rig: Rig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _all_guests(rig: Rig, place: Place) -> Iterator[dict[str, GuestMachine]]:
-    """All guests, booted side by side, each on a thread and ended on this one."""
+    """All guests, each booted on a thread and ended on this one; as many at once as have a CPU.
+
+    Two that share one under TCG take each other's time slices and translated code: 43 s for both,
+    instead of 16 s each.
+    """
+    cpus: int = rig.host.hello["cpus"]
 
     def enter(name: str, stack: contextlib.ExitStack) -> GuestMachine:
         config = rig.config.guests[name]
@@ -448,13 +453,16 @@ def _all_guests(rig: Rig, place: Place) -> Iterator[dict[str, GuestMachine]]:
         )
 
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(max(1, len(rig.config.guests))))
-        futures: dict[str, Future[GuestMachine]] = {}
+        pool = stack.enter_context(ThreadPoolExecutor(cpus))
+        machines: dict[str, GuestMachine] = {}
+        names = list(rig.config.guests)
         try:
-            for name in rig.config.guests:
-                own = stack.enter_context(contextlib.ExitStack())
-                futures[name] = pool.submit(enter, name, own)
-            machines = {name: future.result() for name, future in futures.items()}
+            for first in range(0, len(names), cpus):
+                futures: dict[str, Future[GuestMachine]] = {}
+                for name in names[first : first + cpus]:
+                    own = stack.enter_context(contextlib.ExitStack())
+                    futures[name] = pool.submit(enter, name, own)
+                machines.update({name: future.result() for name, future in futures.items()})
         except BaseException:
             # Nobody waits for the other guests' deadlines: they end now.
             _end_guests(rig)

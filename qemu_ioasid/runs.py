@@ -20,10 +20,12 @@ from qemu_ioasid.kernel.tree import PatchRefused
 from qemu_ioasid.process import Child
 from qemu_ioasid.text import visible
 
-#: For one run, its kernel's build and its rig's boot, in seconds of the reference machine.
+#: For one run of a kernel whose build is incremental, in seconds of the reference machine.
 SECONDS = 900.0
+#: For one that may be the first of its tree, which is compiled whole.
+WHOLE_SECONDS = 3900.0
 #: A run that any kernel can make: its host VM alone comes up, without devices.
-BARE = ("boot", "--rig", str(config.DEFAULT.with_name("bare.toml")))
+BARE = ("run", "boot", "--rig", str(config.DEFAULT.with_name("bare.toml")), "--cold")
 #: How long a run that is interrupted may take to end its VMs and write its report.
 GRACE_SECONDS = 20.0
 #: How much of an error or of a log's last line tells why, in characters.
@@ -33,6 +35,8 @@ WHY = 160
 #: such kernel. *unknown*: the rig failed, and nothing is said about the kernel.
 Verdict = Literal["held", "failed", "broke", "unbuildable", "unknown"]
 _NO_KERNEL = (ProcessFailed.__name__, PatchRefused.__name__, NotGranted.__name__)
+#: The phases that build what is under test.
+_BUILDS = ("kernel", "the kernel's tests")
 _FULL = "No space left on device"
 
 
@@ -55,7 +59,7 @@ class Found:
             return "failed"
         if self.code == 5:
             return "broke"
-        built = error.get("phase") != "kernel" or error.get("kind") not in _NO_KERNEL
+        built = error.get("phase") not in _BUILDS or error.get("kind") not in _NO_KERNEL
         return "unknown" if built or _FULL in error.get("evidence", "") else "unbuildable"
 
     @property
@@ -67,7 +71,7 @@ class Found:
     def why(self) -> str:
         """The first check that failed, or what the kernel or the rig said, in a line."""
         if self.code is None:
-            return f"not over after {Deadline(SECONDS, '').seconds:.0f} s"
+            return "it was not over in time"
         failed = [check["name"] for check in self.report["checks"] if check["verdict"] == "fail"]
         if failed:
             return str(failed[0])
@@ -86,9 +90,9 @@ class Found:
 
 @contextlib.contextmanager
 def started(words: Sequence[str], folder: Path) -> Iterator[Child]:
-    """``qemu-ioasid run`` with *words*; its report goes to *folder*, its output beside that."""
+    """``qemu-ioasid`` with *words*; its report goes to *folder*, its output beside that."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    argv = [sys.executable, "-m", "qemu_ioasid.cli", "run", *words, "--report", str(folder)]
+    argv = [sys.executable, "-m", "qemu_ioasid.cli", *words, "--report", str(folder)]
     with (
         open(_log(folder), "wb") as log,
         process.spawn(argv, stdout=log, stderr=subprocess.STDOUT, grace=GRACE_SECONDS) as child,
@@ -106,7 +110,7 @@ def found(code: int | None, folder: Path) -> Found:
 
 def run(words: Sequence[str], folder: Path, progress: Callable[[str], None]) -> Found:
     """Run to the end; *progress* gets the last line that it said, now and then."""
-    deadline = Deadline(SECONDS, "end of a run")
+    deadline = Deadline(WHOLE_SECONDS, "end of a run")
     code = None
     with started(words, folder) as child:
         while code is None and deadline.elapsed() < deadline.seconds:

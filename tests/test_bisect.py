@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Bisecting: git's own machinery on a real repository; only the runs of a rig are stood in for.
-
-`ci/soak` bisects a kernel.
-"""
+"""Bisecting: git's own machinery on a real repository; only the runs of a rig are stood in for."""
 
 from __future__ import annotations
 
@@ -161,6 +158,7 @@ def test_what_does_not_boot_is_found_without_guests(bisected: Bisected) -> None:
 def test_bad_input(bisected: Bisected, command: Command, tmp_path: Path) -> None:
     tree, ends = str(bisected.tree), (bisected.commits[10], bisected.commits[0])
     for words, said in (
+        ([*ends, "selftest:iommu", "--check", "x"], "--check and --set are for scenarios"),
         (["--tree", "nonesuch", *ends], "no such folder"),
         (["--tree", str(tmp_path), *ends], "no git repository"),
         (["--tree", tree, "nonesuch", ends[1]], "no commit nonesuch"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""check-series and compare: what is told of a patch and of two kernels; ci/soak runs them whole."""
+"""check-series and compare: what is told of a patch and of two kernels."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ def test_bad_words(command: Command) -> None:
         (["check-series", "--kernel", "image:x"], "no source to lay patches over"),
         (["check-series", "--scenario", "nonesuch"], "nonesuch"),
         (["compare", "debian:7.2", "nonesuch", "--scenario", "nonesuch"], "nonesuch"),
+        (["check-series", "--scenario", "selftest:../x"], "not a folder of tools/testing"),
     ):
         ended = command(*words)
         assert ended.code == 2 and said in ended.err, ended.err

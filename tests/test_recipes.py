@@ -55,7 +55,9 @@ def test_the_step_of_both(tmp_path: Path) -> None:
     argv = [str(ROOT / "ci/gate"), "debian:7.2", "nonesuch:x"]
     ended = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert ended.returncode == 2, ended.stderr
-    assert "gate: flight on debian:7.2, QEMU auto: exit code 0" in ended.stdout, ended.stdout + ended.stderr
+    assert "gate: flight on debian:7.2, QEMU auto: exit code 0" in ended.stdout, (
+        ended.stdout + ended.stderr
+    )
     assert "gate: flight on nonesuch:x, QEMU auto: exit code 2" in ended.stdout
     (folder,) = (tmp_path / "kept").iterdir()
     assert (folder / "junit-flight-debian-7.2-auto.xml").is_file()

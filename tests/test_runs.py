@@ -39,6 +39,7 @@ def error(kind: str, phase: str = "boot the host VM", evidence: str = "") -> dic
         (2, error("ConfigurationError", "kernel"), "unknown", False),
         (4, error("ProcessFailed", "kernel", "x: No space left on device"), "unknown", False),
         (4, error("DeadlineExceeded", "kernel"), "unknown", False),
+        (4, error("ProcessFailed", "the kernel's tests"), "unbuildable", False),
         (4, error("ProcessFailed", "images"), "unknown", False),
         (None, NONE, "unknown", False),
         (130, NONE, "unknown", False),
@@ -59,7 +60,7 @@ def test_what_it_says(
 def test_a_run_that_is_refused(tmp_path: Path) -> None:
     """It is one, in a process of its own; what it said is beside its folder."""
     said: list[str] = []
-    found = runs.run(["nonesuch"], tmp_path / "deep/run", said.append)
+    found = runs.run(["run", "nonesuch"], tmp_path / "deep/run", said.append)
     assert (found.code, found.verdict) == (2, "unknown")
     assert "nonesuch" in found.why
     assert found.log == tmp_path / "deep/run.log" and said

@@ -11,12 +11,13 @@ if TYPE_CHECKING:
 
 
 def machine(role: str, kernel: dict[str, bool]) -> dict[str, Any]:
-    """Role, kernel release, Python, pid, and the features asked of the kernel by the role."""
+    """Role, release, Python, pid, processors, and the features asked of the kernel by the role."""
     return {
         "role": role,
         "release": os.uname().release,
         "python": sys.version.split()[0],
         "pid": os.getpid(),
+        "cpus": os.cpu_count() or 1,
         "kernel": kernel,
     }
 

@@ -169,7 +169,7 @@ def step(folder: Path, say: Callable[[str], None]) -> int:
 
 def _answer(state: State, commit: str, progress: Callable[[str], None]) -> Answer:
     subject = _git(state.git, "show", "-s", "--format=%s", commit)
-    kernel = ["--kernel", f"tree:{state.repository}@{commit}", "--cold", "--first"]
+    kernel = ["--kernel", f"tree:{state.repository}@{commit}", "--first"]
     started, boots = time.monotonic(), 0
     # What does not come up by itself, or breaks then, is found without guests.
     stages = {"bare": runs.BARE, "whole": tuple(state.words)}

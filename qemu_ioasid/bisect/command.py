@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qemu_ioasid import bisect, kernel, scenarios, session, subcommand
+from qemu_ioasid import bisect, kernel, session, subcommand, tried
 from qemu_ioasid.bisect import State
+from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.session import Output
 from qemu_ioasid.terminal import Terminal
 
@@ -25,7 +26,7 @@ def add(commands: Commands) -> None:
     command.add_argument("good", metavar="GOOD", help="a commit that holds")
     command.add_argument("bad", metavar="BAD", help="one that does not")
     command.add_argument(
-        "scenario", nargs="?", default="isolation", help="what is tried (isolation)"
+        "scenario", nargs="?", default="isolation", help=f"what is tried: {tried.FORMS} (isolation)"
     )
     command.add_argument(
         "--tree", type=Path, default=Path(), metavar="PATH", help="the git tree (here)"
@@ -46,9 +47,11 @@ def add(commands: Commands) -> None:
 
 
 def _words(arguments: argparse.Namespace) -> list[str]:
-    scenarios.find(arguments.scenario)
+    tried.find(arguments.scenario)
+    if arguments.scenario.startswith(tried.SELFTEST) and (arguments.check or arguments.set):
+        raise ConfigurationError(f"{arguments.scenario}: --check and --set are for scenarios")
     spec = kernel.Spec(profile=arguments.profile).naming("", arguments.series)
-    words = [arguments.scenario, *spec.words]
+    words = tried.words(arguments.scenario, spec)
     for name, values in (("--check", arguments.check), ("--set", arguments.set)):
         for value in values:
             words += [name, value]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qemu_ioasid import runs
+from qemu_ioasid import runs, tried
 from qemu_ioasid.errors import RequirementError
 from qemu_ioasid.kernel import Spec
 from qemu_ioasid.runs import Found
@@ -68,8 +68,7 @@ def run(
         for letter, spec in zip("ab", kernels, strict=True):
             output.begins(f"{name} on {letter.upper()}")
             # Boot, on a rig that any kernel can have.
-            what = runs.BARE if name == "boot" else (name,)
-            words = [*what, "--cold", *spec.words]
+            words = [*runs.BARE, *spec.words] if name == "boot" else tried.words(name, spec)
             found.append(runs.run(words, folder / letter / name, output.progress))
             output.begins("")
         pairs.append(pair(name, found[0], found[1]))

@@ -9,7 +9,7 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from qemu_ioasid import compare, kernel, scenarios, session, subcommand
+from qemu_ioasid import compare, kernel, session, subcommand, tried
 from qemu_ioasid.session import Output
 from qemu_ioasid.terminal import Terminal
 
@@ -37,7 +37,7 @@ def add(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help=f"what is tried ({', '.join(SCENARIOS)}); may be given again",
+        help=f"what is tried: {tried.FORMS} ({', '.join(SCENARIOS)}); may be given again",
     )
     subcommand.add_report(command)
     subcommand.handle(command, _run)
@@ -46,7 +46,7 @@ def add(commands: Commands) -> None:
 def _run(arguments: argparse.Namespace, terminal: Terminal, output: Output) -> int:
     names = arguments.scenario or SCENARIOS
     for name in names:
-        scenarios.find(name)
+        tried.find(name)
     spec = kernel.Spec(profile=arguments.profile)
     first = spec.naming(arguments.a, arguments.series_a)
     second = spec.naming(arguments.b, arguments.series_b)

@@ -142,7 +142,7 @@ class _Trial:
     def start(self) -> int:
         """Start the next run; gives an fd that is readable when it has ended."""
         self._stage = self._stages.popleft()
-        words = [self._stage.scenario, "--cold", "--first", "--mutant", str(self._patch)]
+        words = ["run", self._stage.scenario, "--cold", "--first", "--mutant", str(self._patch)]
         words += ["--profile", self._stage.profile, *self._stage.words, *self._words]
         words += ["--check", self._stage.check] if self._stage.check else []
         self._began = time.monotonic()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
 
-from qemu_ioasid import kernel, process, runs
+from qemu_ioasid import kernel, process, runs, tried
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, ProcessFailed, RequirementError
 from qemu_ioasid.kernel import Spec
@@ -121,12 +121,11 @@ class Series:
         self._output.begins("")
 
     def _boot(self, number: int, spec: Spec, row: Row) -> None:
-        words = spec.words
-        up = self._scenario(number, "boots", [*runs.BARE, *words])
+        up = self._scenario(number, "boots", [*runs.BARE, *spec.words])
         row.steps.append(up)
         for name in self._scenarios:
             if up.verdict == "pass":
-                row.steps.append(self._scenario(number, name, [name, *words]))
+                row.steps.append(self._scenario(number, name, tried.words(name, spec)))
             else:
                 row.steps.append(Step(name, "skip"))
 

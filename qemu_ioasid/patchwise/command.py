@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qemu_ioasid import patchwise, scenarios, session, subcommand
+from qemu_ioasid import patchwise, session, subcommand, tried
 from qemu_ioasid.kernel import Spec
 from qemu_ioasid.session import Output
 from qemu_ioasid.terminal import Terminal
@@ -36,7 +36,7 @@ def add(
         action="append",
         default=[],
         metavar="NAME",
-        help="what each is tried with once the kernel has the driver (isolation); "
+        help=f"what each is tried with once the kernel has the driver: {tried.FORMS} (isolation); "
         "may be given again",
     )
     command.add_argument(
@@ -53,7 +53,7 @@ def add(
 def _run(arguments: argparse.Namespace, spec: Spec, terminal: Terminal, output: Output) -> int:
     names = arguments.scenario or ["isolation"]
     for name in names:
-        scenarios.find(name)
+        tried.find(name)
     folder = session.report_folder(arguments.report, "check-series")
     series = patchwise.Series(spec, names, folder, output)
     rows = series.run(arguments.keep_going)
