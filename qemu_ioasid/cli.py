@@ -30,6 +30,7 @@ from qemu_ioasid import (
 from qemu_ioasid.bisect import command as bisect
 from qemu_ioasid.cache import explained
 from qemu_ioasid.compare import command as compare
+from qemu_ioasid.coverage import command as coverage
 from qemu_ioasid.errors import ConfigurationError, RigError
 from qemu_ioasid.kernel import mutant
 from qemu_ioasid.lab import arguments as lab
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     mutants.add(commands)
     bisect.add(commands)
     compare.add(commands)
+    coverage.add(commands)
     patchwise.add(commands, common, _spec)
     _add_bench(commands, common)
     lab.add(commands, common, _add_start, _options)
@@ -134,6 +136,11 @@ def _add_run(
         default=[],
         metavar="NAME",
         help="make this check only; may be given again",
+    )
+    run.add_argument(
+        "--coverage",
+        action="store_true",
+        help="have the kernel count which of the series' lines run, for qemu-ioasid coverage",
     )
     run.add_argument("--first", action="store_true", help="end at the first check that fails")
     run.add_argument(
@@ -241,8 +248,13 @@ def _count(text: str) -> int:
 
 
 def _spec(arguments: argparse.Namespace) -> kernel.Spec:
+    profile = arguments.profile
+    if getattr(arguments, "coverage", False):
+        if profile not in ("default", kernel.COVERAGE):
+            raise ConfigurationError(f"--coverage: is a profile of its own, not {profile}")
+        profile = kernel.COVERAGE
     spec = kernel.Spec(
-        profile=arguments.profile,
+        profile=profile,
         mutant=mutant.find(arguments.mutant).patch if arguments.mutant else None,
         config=tuple(path.absolute() for path in arguments.config),
         update=getattr(arguments, "update", False),

@@ -62,6 +62,7 @@ _ANSWERS: dict[str, Any] = {
     "reset": {"news": [str]},
     "wake": {"now": int},
     "ssh_start": {"pid": int},
+    "gcov": {"files": dict},
 }
 
 #: What an operation may take that says nothing else, in seconds of the reference machine.

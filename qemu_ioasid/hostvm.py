@@ -19,6 +19,7 @@ from qemu_ioasid.config import GuestConfig, HostConfig
 from qemu_ioasid.console import Console
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConnectionLost, KernelBroke, RigError
+from qemu_ioasid.kernel import Kernel
 from qemu_ioasid.logfile import Collected
 from qemu_ioasid.machine import (
     COMMAND_LINE,
@@ -54,6 +55,8 @@ class HostParts:
     append: str = ""
     #: What waits for a boot or a restore are stretched by: `kernel.slowness`.
     slowness: float = 1.0
+    #: The kernel, where it counts what runs.
+    counting: Kernel | None = None
     #: What QEMU's ``-device`` takes: each on a root port of its own, behind the virtual IOMMU.
     devices: tuple[str, ...] = ()
 

@@ -31,6 +31,26 @@ def render(document: Document) -> str:
     return serialized(_Page(document).root())
 
 
+def whole(e: Markup, title: str, *body: Child) -> Element:
+    """A page of *body*, which may run nothing and load nothing."""
+    style = Element("style")
+    style.text = Path(__file__).with_name("page.css").read_text()
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return e(
+        "html",
+        e(
+            "head",
+            e("meta", charset="utf-8"),
+            e("meta", http_equiv="Content-Security-Policy", content=policy),
+            e("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            e("title", title),
+            style,
+        ),
+        e("body", *body),
+        lang="en",
+    )
+
+
 def _leaked(check: Document) -> bool:
     return any(attempt["outcome"] == "leaked" for attempt in check.get("attempts", []))
 
@@ -51,29 +71,15 @@ class _Page:
         picture, failures = isolation(e, Matrix(document)), self._failures()
         # The picture shows a leak best, and an excerpt why a run ended early.
         first = (failures, picture) if document["error"] else (picture, failures)
-        style = Element("style")
-        style.text = Path(__file__).with_name("page.css").read_text()
-        policy = "default-src 'none'; style-src 'unsafe-inline'"
-        return e(
-            "html",
-            e(
-                "head",
-                e("meta", charset="utf-8"),
-                e("meta", http_equiv="Content-Security-Policy", content=policy),
-                e("meta", name="viewport", content="width=device-width, initial-scale=1"),
-                e("title", f"{document['verdict']}: {document['scenario']}, qemu_ioasid"),
-                style,
-            ),
-            e(
-                "body",
-                symbols(self.e),
-                self._verdict(),
-                *first,
-                timeline(self.e, document),
-                self._all_checks(),
-                self._provenance(),
-            ),
-            lang="en",
+        return whole(
+            e,
+            f"{document['verdict']}: {document['scenario']}, qemu_ioasid",
+            symbols(self.e),
+            self._verdict(),
+            *first,
+            timeline(self.e, document),
+            self._all_checks(),
+            self._provenance(),
         )
 
     def _badge(self, verdict: str) -> Element:

@@ -113,7 +113,8 @@ def _pool(config: pytest.Config) -> Pool:
         def say(line: str) -> None:
             sys.stderr.write(f"ioasid: {line}\n")
 
-        config.stash[_POOL] = Pool(Output(say, lambda line: None))
+        counts = config.stash[_FOLDER] / "coverage"
+        config.stash[_POOL] = Pool(Output(say, lambda line: None), counts)
     return config.stash[_POOL]
 
 

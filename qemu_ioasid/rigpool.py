@@ -55,10 +55,15 @@ class Used:
 
 
 class Pool:
-    """Starts rigs; kernel, images and QEMU are looked up once for all of the same options."""
+    """Starts rigs; kernel, images and QEMU are looked up once for all of the same options.
 
-    def __init__(self, output: Output) -> None:
+    What their kernels count (profile ``coverage``) goes below *counts*.
+    """
+
+    def __init__(self, output: Output, counts: Path = Path("reports/coverage")) -> None:
         self._output = output
+        self._counts = counts
+        self._started = 0
         self._built: dict[tuple[object, ...], tuple[HostParts, Report]] = {}
         self._shared: Used | None = None
         self._life = contextlib.ExitStack()
@@ -86,6 +91,9 @@ class Pool:
             running = stack.enter_context(
                 standby.start(config, parts, options.start, report.phase, self._output.say, logs)
             )
+            self._started += 1
+            counts = self._counts / f"{current_run().token}-{self._started}"
+            stack.enter_context(session.counted(running, counts, self._output.say))
             yield Used(running, config, parts, report.versions, report.accelerator, logs)
 
     def shared(self, config: RigConfig, options: Options) -> Used:

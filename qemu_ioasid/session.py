@@ -17,6 +17,7 @@ from qemu_ioasid import (
     agentdisk,
     cache,
     config,
+    gcov,
     image,
     kernel,
     localhost,
@@ -166,6 +167,7 @@ def build(options: Options, configuration: RigConfig, output: Output, report: Re
         guest_viommu=inner.viommu,
         append=options.append,
         slowness=kernel.slowness(built.config),
+        counting=built if built.gcov.is_dir() else None,
     )
 
 
@@ -194,6 +196,7 @@ def check_local(options: Options) -> None:
         return
     for option, given in (
         ("--append", bool(options.append)),
+        ("--coverage", options.kernel.profile == kernel.COVERAGE),
         ("--profile", options.kernel.profile != "default"),
         ("--kernel", bool(options.kernel.source)),
         ("--series", bool(options.kernel.series)),
@@ -323,11 +326,44 @@ def run(options: Options, output: Output) -> Report:
     configuration = config.load(options.rig, options.changes)
     rows = table.choose(scenario.rows(configuration), options.checks)
     report = begun(options, options.scenario, output, configuration.text)
-    with told(report), _started(options, configuration, output, report) as running:
+    with (
+        told(report),
+        _started(options, configuration, output, report) as running,
+        counted(running, report.folder, report.say),
+    ):
         scenario.run(running, report, rows, **options.order)
         with report.phase("take it apart"):
             running.dismantle()
     return report
+
+
+@contextlib.contextmanager
+def counted(running: Rig, folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Leave what a kernel that counts has counted in *folder*, however the block ends.
+
+    *say* is told of it, also where there is none; nothing is raised for that. Only an interrupted
+    run has no time for it.
+    """
+    try:
+        yield
+    except Exception:
+        _count(running, folder, say)
+        raise
+    _count(running, folder, say)
+
+
+def _count(running: Rig, folder: Path, say: Callable[[str], None]) -> None:
+    parts = running.host.parts
+    if parts is None or parts.counting is None:
+        return
+    try:
+        found = gcov.collect(running.host.agent, parts.counting)
+        found.write(folder)
+    except (RigError, OSError) as error:
+        say(f"no coverage of this run: {error}")
+    else:
+        ran = sum(line.count > 0 for line in found.lines)
+        say(f"coverage: {ran} of {len(found.lines)} changed lines ran since the boot")
 
 
 def begun(options: Options, name: str, output: Output, rig: str = "") -> Report:

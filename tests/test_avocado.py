@@ -233,7 +233,7 @@ def test_a_missing_requirement(avocado: Avocado, ci: str, status: str, code: int
     [
         ("nonesuch=1", "parameter nonesuch: unknown; known are qemu, accel"),
         ("host.viommu.nonesuch=1", "host.viommu.nonesuch: unknown key"),
-        ("profile=nonesuch", "profile nonesuch: there are default, debug, selftest"),
+        ("profile=nonesuch", "profile nonesuch: there are default, debug, selftest, coverage"),
     ],
 )
 def test_a_parameter_that_changes_nothing_is_an_error(

@@ -7,7 +7,7 @@ import os
 import threading
 from contextlib import ExitStack, suppress
 
-from qemu_ioasid.agent import failnth, kernellist, kmemleak, mdev
+from qemu_ioasid.agent import failnth, gcov, kernellist, kmemleak, mdev
 from qemu_ioasid.agent.batches import Batches
 from qemu_ioasid.agent.common import Common, with_several
 from qemu_ioasid.agent.deadline import wait_for
@@ -79,6 +79,7 @@ class Host:
             **self._slow.operations,
             **self._witness.operations,
             **kmemleak.operations,
+            **gcov.operations,
             **{name: getattr(self, name) for name in OPERATIONS},
             **Batches(self._registrar, self._device, self._iommufd).operations,
             **self._raw.operations,

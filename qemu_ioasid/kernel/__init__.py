@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from qemu_ioasid import cache, erofs
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, DeadlineExceeded
-from qemu_ioasid.kernel import make, options, ready, selftest, source, tree
+from qemu_ioasid.kernel import gcov, make, options, ready, selftest, source, tree
 from qemu_ioasid.kernel import origin as origins
 from qemu_ioasid.kernel import series as serieses
 from qemu_ioasid.kernel.origin import Origin
@@ -38,7 +38,8 @@ _OURS = "drivers/vfio/pdma/Makefile"
 #: Changes with the way a kernel is made of the same inputs.
 _VERSION = "2"
 #: A fragment that is named after one belongs to it alone, and has the last word in it.
-PROFILES = ("default", "debug", "selftest")
+COVERAGE = gcov.PROFILE
+PROFILES = ("default", "debug", "selftest", COVERAGE)
 #: The fragment of what the series brings.
 _DRIVER = "pdma"
 _MUTANT = "mutant"
@@ -63,7 +64,8 @@ class Spec:
     series: str = ""
 
     #: One of `PROFILES`: ``debug`` has lockdep and KASAN, and is slow; ``selftest`` has what the
-    #: kernel's own tests want, an iommufd that makes itself devices among it.
+    #: kernel's own tests want, an iommufd that makes itself devices among it; ``coverage`` counts
+    #: what runs of what the series touches.
     profile: str = "default"
     #: Patches of the series that are left out, by shell globs of their names.
     without: tuple[str, ...] = ()
@@ -162,6 +164,16 @@ class Kernel:
         return list(json.loads(self.provenance.read_text()).get("warnings", ()))
 
     @property
+    def gcov(self) -> Path:
+        """The folder that tells the counts of the profile ``coverage``, and of no other."""
+        return self.folder / gcov.FOLDER
+
+    @property
+    def series(self) -> list[str]:
+        """The names of the patches on its source, in order."""
+        return list(json.loads(self.provenance.read_text()).get("series", ()))
+
+    @property
     def provenance(self) -> Path:
         """JSON: what it was made of, by what, when, in how many seconds."""
         return self.folder / "provenance.json"
@@ -188,6 +200,8 @@ def build(spec: Spec, *, deadline: Deadline, progress: Progress) -> Kernel:
     if spec.profile not in PROFILES:
         known = ", ".join(PROFILES)
         raise ConfigurationError(f"kernel profile {spec.profile}: there are {known}")
+    if spec.profile == COVERAGE:
+        gcov.require()
     kind, _, rest = spec.source.partition(":")
     if kind == "image":
         return _ready(rest, spec, deadline)
@@ -255,7 +269,9 @@ def resolved(spec: Spec, *, deadline: Deadline, progress: Progress) -> tuple[str
 def _ready(word: str, spec: Spec, deadline: Deadline) -> Kernel:
     """The image that *word* names, kept as one of ours is; it has no headers and no symbols."""
     if spec.series or spec.mutant or spec.config or spec.profile != "default":
-        raise ConfigurationError(f"image:{word}: is built: no series, config or profile for it")
+        raise ConfigurationError(
+            f"image:{word}: is built: no series, config, profile or coverage of it"
+        )
     found = ready.read(word)
     ready.check(found, spec.fragments)
 
@@ -332,7 +348,9 @@ class _Recipe:
     def get(self, deadline: Deadline, progress: Progress) -> Kernel:
         """The kernel."""
         asked = "\n".join(f"{option.name}={option.value}" for option in self.options)
-        key = cache.digest(_VERSION, self.origin.content, self.series_hash, asked, self.compiler)
+        counting = gcov.recipe() if self.spec.profile == COVERAGE else ()
+        inputs = (self.origin.content, self.series_hash, asked, self.compiler, *counting)
+        key = cache.digest(_VERSION, *inputs)
         path, was_there = cache.get_or_build(
             self.kind,
             key,
@@ -378,14 +396,25 @@ class _Recipe:
             kept.apply(self.patches, deadline)
             yield make.Build(kept.src, place / f"build-{self.spec.profile}", self.spec.jobs)
 
+    def _counted(self, built: make.Build, deadline: Deadline) -> list[gcov.Line]:
+        """The lines whose counts are told, where *built* is told to count."""
+        if self.spec.profile != COVERAGE:
+            return []
+        lines = gcov.changed(Tree(built.src.parent), self.patches, deadline)
+        gcov.prepare(built, lines)
+        return lines
+
     def _build(self, folder: Path, deadline: Deadline, progress: Progress) -> None:
         started = time.monotonic()
         with self._worked_in(deadline, progress) as built:
+            counted = self._counted(built, deadline)
             progress(f"configuring: {len(self.options)} options asked for")
             built.configure(self.options, deadline)
             progress("compiling the kernel")
             built.compile(deadline, progress)
             _collect(built, folder, deadline)
+            if counted:
+                gcov.keep(built.out, folder / gcov.FOLDER, counted)
         told = {
             "release": built.release(),
             "source": str(self.origin),

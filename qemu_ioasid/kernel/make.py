@@ -82,12 +82,14 @@ class Build:
         self.src = src
         self.out = out
         self.jobs = jobs
+        #: More that make is told whatever it makes.
+        self.words: list[str] = []
         out.mkdir(parents=True, exist_ok=True)
 
     def _make(
         self, targets: Sequence[str], deadline: Deadline, on_line: Progress | None = None
     ) -> str:
-        words = [f"O={self.out}", f"-j{self.jobs}", *targets]
+        words = [f"O={self.out}", f"-j{self.jobs}", *self.words, *targets]
         if shutil.which("ccache"):
             words.append("CC=ccache gcc")
         return _make_in(self.src, words, deadline, on_line, self.out / "build.log")
