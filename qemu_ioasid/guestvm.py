@@ -103,7 +103,10 @@ def argv(name: str, config: GuestConfig, place: Place, mdevs: dict[str, str]) ->
         *place.qemu,
         *(("-accel", "kvm") if kvm else ("-accel", "tcg,thread=multi")),
         *("-cpu", "host" if kvm else "max"),
-        *("-machine", f"q35{',kernel-irqchip=split' if kvm else ''},memory-backend=ram"),
+        # QEMU's HPET runs on when Linux, which needs it for its first ticks only, has turned it off:
+        # a hundred wakeups a second of a guest with nothing to do (hw/timer/hpet.c, hpet_timer()).
+        "-machine",
+        f"q35,hpet=off{',kernel-irqchip=split' if kvm else ''},memory-backend=ram",
         # Root ports' own hotplug (PCI Express 6.7): the kernel has no other.
         *("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"),
         *("-m", f"{config.memory >> 20}M"),
