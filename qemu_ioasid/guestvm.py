@@ -103,8 +103,8 @@ def argv(name: str, config: GuestConfig, place: Place, mdevs: dict[str, str]) ->
         *place.qemu,
         *(("-accel", "kvm") if kvm else ("-accel", "tcg,thread=multi")),
         *("-cpu", "host" if kvm else "max"),
-        # With an HPET, which Linux takes its first 30 ticks from, a guest's QEMU 11.1 wakes up every
-        # 10 ms for ever: of two idle guests that is a third of a processor nested in TCG.
+        # With an HPET, which Linux takes its first 30 ticks from, a guest's QEMU 11.1 wakes up
+        # every 10 ms for ever: of two idle guests that is a third of a processor nested in TCG.
         "-machine",
         f"q35,hpet=off{',kernel-irqchip=split' if kvm else ''},memory-backend=ram",
         # Root ports' own hotplug (PCI Express 6.7): the kernel has no other.
