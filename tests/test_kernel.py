@@ -396,6 +396,18 @@ def test_gc_keeps_what_was_used_last(small: Small, command: Command) -> None:
     assert told["bytes"] > 0 and not kept.exists() and not first.folder.exists()
 
 
+def test_an_option_that_was_renamed(tmp_path: Path) -> None:
+    """It is asked for by both names, and granted by that of the kernel."""
+    fragment = tmp_path / "some.config"
+    fragment.write_text("CONFIG_SYSCTL=y\n")
+    asked = options.read([fragment])
+    assert {option.name for option in asked} == {"CONFIG_SYSCTL", "CONFIG_PROC_SYSCTL"}
+    for granted in ("CONFIG_SYSCTL=y\nCONFIG_PROC_SYSCTL=y\n", "CONFIG_SYSCTL=y\n"):
+        options.check(asked, granted)
+    with pytest.raises(options.NotGranted):
+        options.check(asked, "CONFIG_SYSCTL=y\n# CONFIG_PROC_SYSCTL is not set\n")
+
+
 def test_what_an_option_lacks_is_named(tmp_path: Path) -> None:
     kconfig = tmp_path / "Kconfig"
     kconfig.write_text(

@@ -13,6 +13,8 @@ from qemu_ioasid.errors import ConfigurationError
 _SET = re.compile(r"(CONFIG_\w+)=(.+)")
 _DEPENDS = re.compile(r"^[ \t]+depends on (.+)$", re.MULTILINE)
 _UNSET = re.compile(r"# (CONFIG_\w+) is not set")
+#: What an option was called before, which is asked for and granted with it (7.3: fs/proc/Kconfig).
+_BEFORE = {"CONFIG_SYSCTL": "CONFIG_PROC_SYSCTL"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ def parse(text: str) -> dict[str, str]:
             found[match[1]] = "n"
         elif line.strip() and not line.startswith("#"):
             raise ValueError(line.strip())
+    for name, before in _BEFORE.items():
+        if name in found:
+            found.setdefault(before, found[name])
     return found
 
 
