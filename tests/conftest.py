@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,9 @@ def progress(line: str) -> None:
     print(line)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def run_folder() -> Iterator[None]:
-    """This process's own run folder goes with it."""
-    yield
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """This process's own run folder goes with it, after the plugin has ended its last rig."""
     process.close_run()
 
 
