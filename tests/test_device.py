@@ -352,6 +352,25 @@ def test_the_log_is_not_written_from_outside(shared_rig: Rig) -> None:
 
 
 @pytest.mark.ioasid_rig(mdevs=["a"])
+def test_calls_that_no_driver_makes(shared_rig: Rig) -> None:
+    """Each answers, and leaves a device that works (the next test's)."""
+    assert told(shared_rig, "misused") == {
+        "config 0xc": ["ff"],
+        "config 0x3c": ["ff"],
+        "past the end": "EINVAL",
+        "nothing": [0, 0],
+        "nowhere": "EFAULT",
+        "mmap": ["EINVAL", "EINVAL", "0"],
+        "unknown": "ENOTTY",
+        # the argument nowhere, too short, and of no such index or with nothing behind it
+        "INFO": ["EFAULT", "EINVAL", 0],
+        "REGION_INFO": ["EFAULT", "EINVAL", "EINVAL"],
+        "IRQ_INFO": ["EFAULT", "EINVAL", "EINVAL"],
+        "SET_IRQS": ["EFAULT", "EINVAL", "EFAULT"],
+    }
+
+
+@pytest.mark.ioasid_rig(mdevs=["a"])
 def test_the_cap_of_the_list(rig: Rig) -> None:
     """max_pasids at its limits and outside them, and a list that has as many as it says."""
     agent, deadline = rig.host.agent, Deadline(60, "modules in host")

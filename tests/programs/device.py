@@ -14,6 +14,7 @@ import os
 import struct
 import sys
 from collections.abc import Callable
+from functools import partial
 
 sys.path.insert(0, "/run/agent")
 
@@ -55,6 +56,9 @@ def mapped(opened: OpenDevice) -> int:
 
 
 kept: list[mmap.mmap] = []
+libc = ctypes.CDLL(None, use_errno=True)
+#: Nothing of a process lies there.
+NOWHERE = ctypes.c_void_p(8)
 
 
 def attach_unwritable(opened: OpenDevice, ioas: int, pasid: int | None) -> str:
@@ -69,7 +73,6 @@ def attach_unwritable(opened: OpenDevice, ioas: int, pasid: int | None) -> str:
     memory = mmap.mmap(-1, PAGE)
     memory[: len(bytes(argument))] = bytes(argument)
     address = address_of(memory)
-    libc = ctypes.CDLL(None, use_errno=True)
     if libc.mprotect(ctypes.c_void_p(address), PAGE, mmap.PROT_READ):
         raise OSError(ctypes.get_errno(), "mprotect")
     with opened.device.descriptor.borrowed() as fd:
@@ -171,12 +174,83 @@ def log_written(opened: OpenDevice) -> object:
     }
 
 
+def called(name: str, fd: int, *arguments: object) -> str | int:
+    """What the C library's *name* answers, or the errno's name."""
+    answered: int = getattr(libc, name)(fd, *arguments)
+    return errno.errorcode[ctypes.get_errno()] if answered == -1 else answered
+
+
+def requests(fd: int) -> dict[str, list[str | int]]:
+    """By ioctl: its argument nowhere, of size 0, of an index that there is not."""
+    told = {}
+    for name, argument in {
+        "INFO": uapi.vfio_device_info(argsz=0),
+        "REGION_INFO": uapi.vfio_region_info(index=9),
+        "IRQ_INFO": uapi.vfio_irq_info(index=5),
+        "SET_IRQS": uapi.vfio_irq_set(index=MSIX, flags=TRIGGER | EVENTFD, count=1),
+    }.items():
+        request = ctypes.c_ulong(
+            getattr(uapi, f"VFIO_DEVICE_{'' if name == 'SET_IRQS' else 'GET_'}{name}")
+        )
+        answers = [called("ioctl", fd, request, NOWHERE)]
+        answers.append(called("ioctl", fd, request, ctypes.byref(argument)))
+        # What SET_IRQS says is behind it lies past the end of the page, where nothing is.
+        argument.argsz = ctypes.sizeof(argument) + 4 * (name == "SET_IRQS")
+        place = page_end() - ctypes.sizeof(argument)
+        ctypes.memmove(place, ctypes.byref(argument), ctypes.sizeof(argument))
+        answers.append(called("ioctl", fd, request, ctypes.c_void_p(place)))
+        told[name] = answers
+    return told
+
+
+def page_end() -> int:
+    """The end of a page that has nothing behind it that can be read."""
+    memory = mmap.mmap(-1, 2 * PAGE)
+    kept.append(memory)
+    address = address_of(memory)
+    if libc.mprotect(ctypes.c_void_p(address + PAGE), PAGE, 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    return address + PAGE
+
+
+def misused(opened: OpenDevice) -> object:
+    """The calls on the device's file that no driver makes."""
+    device = opened.device
+    config, bar0, bar2 = (device.region(index) for index in (7, 0, 2))
+    told: dict[str, object] = {}
+    # Cache line size and interrupt line take every value, the bytes beside them none.
+    for at in (0x0C, 0x3C):
+        before = device.read(config, at, 4)
+        device.write(config, at, b"\xff" * 4)
+        told[f"config {at:#x}"] = [device.read(config, at, 1).hex()]
+        device.write(config, at, before)
+    told["past the end"] = answer(lambda: device.write(config, 0xFF, b"ab"))
+    with device.descriptor.borrowed() as fd:
+        offset = ctypes.c_long(bar0.offset)
+        told["nothing"] = [
+            called(name, fd, NOWHERE, ctypes.c_size_t(0), offset) for name in ("pread", "pwrite")
+        ]
+        told["nowhere"] = called("pwrite", fd, NOWHERE, ctypes.c_size_t(4), offset)
+        told["mmap"] = [
+            answer(partial(mmap.mmap, fd, PAGE, flags, offset=region.offset))
+            for region, flags in (
+                (bar0, mmap.MAP_SHARED),
+                (bar2, mmap.MAP_PRIVATE),
+                (bar2, mmap.MAP_SHARED),
+            )
+        ]
+        told["unknown"] = called("ioctl", fd, ctypes.c_ulong(uapi.VFIO_DEVICE_GET_INFO + 100), 0)
+        told.update(requests(fd))
+    return told
+
+
+PARTS = {"copy-out": copy_out, "irqs": set_irqs, "log": log_written, "misused": misused}
+
+
 def main() -> None:
     uuid, part = sys.argv[1:]
     with OpenDevice("device", f"{MDEV_DEVICES}/{uuid}", "device") as opened:
-        print(
-            json.dumps({"copy-out": copy_out, "irqs": set_irqs, "log": log_written}[part](opened))
-        )
+        print(json.dumps(PARTS[part](opened)))
 
 
 if __name__ == "__main__":
