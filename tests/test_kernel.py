@@ -218,6 +218,9 @@ def test_two_at_once(small: Small) -> None:
 def test_sigkill_in_mid_build(small: Small) -> None:
     small.build()
     out = small.tree / "build-default"
+    # As tools/ makes them, without a record of the command.
+    library = out / "libsubcmd.a"
+    library.write_bytes(b"whole")
     (out / "slow").touch()
     small.patch("7")
     child = small.child()
@@ -229,8 +232,11 @@ def test_sigkill_in_mid_build(small: Small) -> None:
     # What a kill may leave: an object newer than its sources and than its command's record.
     (out / "driver.o").write_bytes(b"half")
     os.utime(out / "driver.o", (time.time() + 60, time.time() + 60))
+    torn = out / "torn.a"
+    torn.write_bytes(b"half")
     built = small.build()
     assert b"half" not in built.vmlinux.read_bytes()
+    assert library.exists() and not torn.exists()
 
 
 def test_nothing_to_be_had(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:

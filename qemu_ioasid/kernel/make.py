@@ -71,7 +71,9 @@ def _make_in(
 ) -> str:
     """What make says in *folder*; nothing in the user's environment steers it."""
     unset = [f"--unset={name}" for name in _FOREIGN]
-    argv = ["env", *unset, "make", "-C", str(folder), "--no-print-directory", *words]
+    # A rustc that PATH or HOME has in one shell and not in the next changes the config.
+    steady = ["--no-print-directory", "RUSTC=false"]
+    argv = ["env", *unset, "make", "-C", str(folder), *steady, *words]
     return process.run(argv, env=_FIXED, deadline=deadline, on_line=on_line, log=log)
 
 
@@ -208,7 +210,7 @@ class Build:
     def _marked_unfinished(self) -> Iterator[None]:
         mark = self.out / "unfinished"
         if mark.exists():
-            _remove_torn(self.out)
+            _remove_torn(self.out, mark.stat().st_mtime_ns)
         mark.touch()
         try:
             yield
@@ -240,8 +242,12 @@ class _Counter:
             self._progress(f"compiling the kernel: {self._steps} files{of}")
 
 
-def _remove_torn(out: Path) -> None:
-    """Remove outputs whose command was not recorded after them: a kill may have cut them short."""
+def _remove_torn(out: Path, since: int) -> None:
+    """Remove outputs written *since* whose command was not recorded after them.
+
+    A kill may have cut them short. Of older ones some have no record and are whole: objtool is
+    linked of such a library, and everything is compiled anew when objtool is.
+    """
     for folder, _, names in os.walk(out):
         for name in names:
             if not name.endswith((".o", ".a", ".so", ".dbg", ".ko")) and "vmlinux" not in name:
@@ -249,8 +255,10 @@ def _remove_torn(out: Path) -> None:
             path = Path(folder, name)
             command = path.with_name(f".{name}.cmd")
             with contextlib.suppress(FileNotFoundError):
-                if not command.exists() or command.stat().st_mtime < path.stat().st_mtime:
-                    path.unlink()
+                written = path.stat().st_mtime_ns
+                if written < since or (command.exists() and command.stat().st_mtime_ns >= written):
+                    continue
+                path.unlink()
 
 
 def _explained(failed: ProcessFailed, log: Path) -> ProcessFailed:
