@@ -72,7 +72,8 @@ def run(
             found.append(runs.run(words, folder / letter / name, output.progress))
             output.begins("")
         pairs.append(pair(name, found[0], found[1]))
-        output.say(told(pairs[-1]))
+        for line in told(pairs[-1]).splitlines():
+            output.say(line)
     return pairs
 
 

@@ -75,7 +75,8 @@ class Series:
             row = Row(patch.name)
             rows.append(row)
             self._try(number, row)
-            self._output.say(told(row, number, len(self.patches)))
+            for line in told(row, number, len(self.patches)).splitlines():
+                self._output.say(line)
             gone = row.steps[0].verdict != "pass"
             if gone or not (row.held or keep_going):
                 break
