@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from qemu_ioasid import compare, kernel, patchwise
+from qemu_ioasid import compare, kernel, patchwise, runs
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.kernel import Kernel, tree
 from qemu_ioasid.patchwise import Row, Step
@@ -90,6 +90,14 @@ def test_a_base_without_the_driver_is_no_regression(tmp_path: Path) -> None:
     )
     assert pair.why == ("it lacks x", "")
     assert not pair.unknown and not pair.regressions
+
+
+def test_a_base_without_the_driver_boots(command: Command) -> None:
+    """What the first patches of a series are tried on; a rig with devices is refused, and why."""
+    ended = command(*runs.BARE, "--series", "none")
+    assert ended.code == 0, ended.err
+    ended = command("run", "boot", "--series", "none")
+    assert ended.code == 3 and "CONFIG_VFIO_PDMA" in ended.err, ended.err
 
 
 def test_bad_words(command: Command) -> None:
