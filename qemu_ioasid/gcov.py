@@ -19,13 +19,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePath
 from typing import Any
 
-from qemu_ioasid import process
+from qemu_ioasid import documents, process
 from qemu_ioasid.client import Agent
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, InfrastructureError, ProcessFailed
 from qemu_ioasid.kernel import Kernel
 from qemu_ioasid.kernel import gcov as notes
-from qemu_ioasid.shape import misfit
 
 FILE = "coverage.json"
 SCHEMA = 1
@@ -103,17 +102,7 @@ class Coverage:
 
 def load(path: Path) -> Coverage:
     """The file *path*; ConfigurationError when it is none of this schema."""
-    try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{path}: not JSON: {error}") from None
-    wrong = misfit(document, _SHAPE)
-    if wrong:
-        raise ConfigurationError(f"{path}: not of {FILE}: {wrong}")
-    if document["schema"] != SCHEMA:
-        raise ConfigurationError(f"{path}: schema {document['schema']}; this is for {SCHEMA}")
+    document = documents.told(path, f"of {FILE}", _SHAPE, SCHEMA)
     names = [each.name for each in fields(Line)]
     lines = [Line(*map(line.get, names)) for line in document["lines"]]
     return Coverage(document["kernel"], document["patches"], document["missing"], lines)

@@ -12,9 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from qemu_ioasid import page
-from qemu_ioasid.errors import ConfigurationError
-from qemu_ioasid.shape import misfit
+from qemu_ioasid import documents, page
 from qemu_ioasid.text import cut, lines, visible
 
 Verdict = Literal["pass", "fail", "error", "skip"]
@@ -285,16 +283,4 @@ _SHAPE: dict[str, Any] = {
 
 def load(folder: Path) -> dict[str, Any]:
     """The document in *folder*'s report.json; ConfigurationError when it is none of this schema."""
-    path = folder / "report.json"
-    try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{path}: not JSON: {error}") from None
-    wrong = misfit(document, _SHAPE)
-    if wrong:
-        raise ConfigurationError(f"{path}: not a report: {wrong}")
-    if document["schema"] != SCHEMA:
-        raise ConfigurationError(f"{path}: schema {document['schema']}; this is for {SCHEMA}")
-    return dict(document)
+    return documents.told(folder / "report.json", "a report", _SHAPE, SCHEMA)

@@ -42,7 +42,7 @@ FLOORS = (
     ("client", "qemu", "snapshot"),
     ("qmp", "ssh", "console", "kernel", "image"),
     ("archive", "erofs", "preflight", "markup", "attempts", "model"),
-    ("config", "cache", "git"),
+    ("config", "cache", "git", "documents"),
     ("process", "viommu"),
     ("reaper", "deadline", "text", "logfile", "shape"),
     ("errors",),

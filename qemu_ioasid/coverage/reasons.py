@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from qemu_ioasid import kernel
+from qemu_ioasid import documents, kernel
 from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.gcov import Line
 
@@ -33,23 +33,12 @@ class Reason:
 
 def load(path: Path) -> list[Reason]:
     """The file's entries; ConfigurationError names the one that is none."""
-    try:
-        table = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path}: {error}") from None
-    entries = table.pop("unreached", [])
-    if table or not isinstance(entries, list):
-        raise ConfigurationError(f"{path}: holds [[unreached]] tables and nothing else")
-    return [_read(entry, f"{path}: unreached {number}") for number, entry in enumerate(entries, 1)]
+    return [_read(entry, where) for where, entry in documents.tables(path, "unreached")]
 
 
-def _read(entry: object, where: str) -> Reason:
+def _read(entry: dict[str, Any], where: str) -> Reason:
     names = [each.name for each in fields(Reason)]
-    if not isinstance(entry, dict) or not all(isinstance(each, str) for each in entry.values()):
+    if not all(isinstance(each, str) for each in entry.values()):
         raise ConfigurationError(f"{where}: must be a table of strings")
     for name in entry.keys() ^ set(names):
         raise ConfigurationError(f"{where}: {name}: must be given, with {', '.join(names)} alone")

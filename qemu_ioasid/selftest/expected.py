@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import fnmatch
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from qemu_ioasid import kernel
+from qemu_ioasid import documents, kernel
 from qemu_ioasid.errors import ConfigurationError
 
 FILE = kernel.PATCHES / "selftests" / "expected.toml"
@@ -50,23 +50,10 @@ def version(text: str) -> Version:
 
 def load(path: Path = FILE) -> list[Expected]:
     """The file's entries; ConfigurationError names the one that is none."""
-    try:
-        table = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path}: {error}") from None
-    entries = table.pop("failure", [])
-    if table or not isinstance(entries, list):
-        raise ConfigurationError(f"{path}: holds [[failure]] tables and nothing else")
-    return [_read(entry, f"{path}: failure {number}") for number, entry in enumerate(entries, 1)]
+    return [_read(entry, where) for where, entry in documents.tables(path, "failure")]
 
 
-def _read(entry: object, where: str) -> Expected:
-    if not isinstance(entry, dict):
-        raise ConfigurationError(f"{where}: must be a table")
+def _read(entry: dict[str, Any], where: str) -> Expected:
     kinds = {each.name: bool if each.name == "sometimes" else str for each in fields(Expected)}
     for name, value in entry.items():
         if name not in kinds:
