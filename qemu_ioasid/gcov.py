@@ -80,6 +80,11 @@ class Coverage:
     lines: list[Line]
     schema: int = field(default=SCHEMA)
 
+    def in_series(self) -> list[Line]:
+        """The lines by patch, in the series' order, by file and number."""
+        order = {patch: number for number, patch in enumerate(self.patches)}
+        return sorted(self.lines, key=lambda line: (order[line.patch], line.file, line.number))
+
     def write(self, folder: Path) -> None:
         """Write coverage.json into *folder*, which is made."""
         folder.mkdir(parents=True, exist_ok=True)

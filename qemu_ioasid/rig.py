@@ -433,8 +433,8 @@ def _console_verdict(rig: Rig) -> Iterator[None]:
 def _all_guests(rig: Rig, place: Place) -> Iterator[dict[str, GuestMachine]]:
     """All guests, each booted on a thread and ended on this one; as many at once as have a CPU.
 
-    Two that share one under TCG take each other's time slices and translated code: 43 s for both,
-    instead of 16 s each.
+    On one CPU nothing is won by competing for it (40 to 43 s for two, either way, while they had an
+    HPET), and so each has the time of its deadline for itself.
     """
     cpus: int = rig.host.hello["cpus"]
 

@@ -15,18 +15,23 @@ SELFTEST = "selftest:"
 FORMS = f"a scenario, or {SELFTEST}TARGET"
 
 
+def target(name: str) -> str | None:
+    """The target of the kernel's own tests that is named; None: it is a scenario."""
+    return name.removeprefix(SELFTEST) if name.startswith(SELFTEST) else None
+
+
 def find(name: str) -> None:
     """Raises ConfigurationError for what names neither."""
-    target = name.removeprefix(SELFTEST)
-    if target != name:
-        targets.find([target], [])
-    else:
+    named = target(name)
+    if named is None:
         scenarios.find(name)
+    else:
+        targets.find([named], [])
 
 
 def words(name: str, spec: Spec) -> list[str]:
     """What ``qemu-ioasid`` is told, for `runs.run`. The kernel's own tests have their profile."""
-    target = name.removeprefix(SELFTEST)
-    if target != name:
-        return ["selftest", target, *replace(spec, profile="selftest").words]
-    return ["run", name, "--cold", *spec.words]
+    named = target(name)
+    if named is None:
+        return ["run", name, "--cold", *spec.words]
+    return ["selftest", named, *replace(spec, profile="selftest").words]

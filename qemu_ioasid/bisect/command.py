@@ -48,7 +48,7 @@ def add(commands: Commands) -> None:
 
 def _words(arguments: argparse.Namespace) -> list[str]:
     tried.find(arguments.scenario)
-    if arguments.scenario.startswith(tried.SELFTEST) and (arguments.check or arguments.set):
+    if tried.target(arguments.scenario) is not None and (arguments.check or arguments.set):
         raise ConfigurationError(f"{arguments.scenario}: --check and --set are for scenarios")
     spec = kernel.Spec(profile=arguments.profile).naming("", arguments.series)
     words = tried.words(arguments.scenario, spec)

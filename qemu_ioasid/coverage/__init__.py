@@ -16,7 +16,7 @@ from qemu_ioasid.gcov import Coverage, Line
 
 SCHEMA = 1
 #: What a line is known by.
-_NAMED = ("patch", "file", "number", "function", "text")
+_NAMED = ("patch", "file", "number", "text", "function")
 
 
 @dataclass
@@ -58,8 +58,7 @@ class Judgement:
     def tallies(self) -> list[Tally]:
         """By patch, in the series' order, and file."""
         found: dict[tuple[str, str], Tally] = {}
-        order = {patch: number for number, patch in enumerate(self.coverage.patches)}
-        for line in sorted(self.coverage.lines, key=lambda line: (order[line.patch], line.file)):
+        for line in self.coverage.in_series():
             tally = found.setdefault((line.patch, line.file), Tally(line.patch, line.file))
             tally.lines += 1
             if line.count:
@@ -78,7 +77,7 @@ class Judgement:
             "files": [asdict(tally) for tally in self.tallies()],
             "unreached": [
                 {
-                    **{name: value for name, value in asdict(line).items() if name in _NAMED},
+                    **{name: getattr(line, name) for name in _NAMED},
                     "reason": reason.reason if reason else None,
                 }
                 for line, reason in self.unreached
@@ -111,8 +110,7 @@ def judge(coverage: Coverage, runs: int, reasons: Sequence[Reason]) -> Judgement
     """What has not run, and why not; each reason is one line's."""
     left = list(reasons)
     unreached: list[tuple[Line, Reason | None]] = []
-    order = {patch: number for number, patch in enumerate(coverage.patches)}
-    for line in sorted(coverage.lines, key=lambda line: order[line.patch]):
+    for line in coverage.in_series():
         if not line.count:
             reason = next((each for each in left if each.of(line)), None)
             if reason is not None:

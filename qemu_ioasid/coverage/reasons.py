@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Why a line that the series changed cannot be run by a test: kernel-patches/unreached.toml."""
+"""Why no test runs a line that the series changed for sure: kernel-patches/unreached.toml."""
 
 from __future__ import annotations
 

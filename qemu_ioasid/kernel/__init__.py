@@ -37,8 +37,8 @@ SERIES = PATCHES / "7.2"
 _OURS = "drivers/vfio/pdma/Makefile"
 #: Changes with the way a kernel is made of the same inputs.
 _VERSION = "2"
-#: A fragment that is named after one belongs to it alone, and has the last word in it.
 COVERAGE = gcov.PROFILE
+#: A fragment that is named after one belongs to it alone, and has the last word in it.
 PROFILES = ("default", "debug", "selftest", COVERAGE)
 #: The fragment of what the series brings.
 _DRIVER = "pdma"
