@@ -62,6 +62,9 @@ class Place:
     #: What guests are booted from.
     kernel = "/boot/vmlinuz"
     disks: Mapping[str, str] = {"root": "/run/disk/guest", "agent": "/run/disk/agent"}
+    #: With one, which Linux takes its first 30 ticks from, a guest's QEMU wakes up every 10 ms for
+    #: ever (docs/findings.md): of two idle guests that is a third of a processor nested in TCG.
+    hpet = "off"
     #: Which ports the agent binds as sockets.
     sockets: tuple[str, ...] = ("qmp", "ssh")
 
@@ -103,10 +106,8 @@ def argv(name: str, config: GuestConfig, place: Place, mdevs: dict[str, str]) ->
         *place.qemu,
         *(("-accel", "kvm") if kvm else ("-accel", "tcg,thread=multi")),
         *("-cpu", "host" if kvm else "max"),
-        # With an HPET, which Linux takes its first 30 ticks from, a guest's QEMU 11.1 wakes up
-        # every 10 ms for ever: of two idle guests that is a third of a processor nested in TCG.
         "-machine",
-        f"q35,hpet=off{',kernel-irqchip=split' if kvm else ''},memory-backend=ram",
+        f"q35,hpet={place.hpet}{',kernel-irqchip=split' if kvm else ''},memory-backend=ram",
         # Root ports' own hotplug (PCI Express 6.7): the kernel has no other.
         *("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"),
         *("-m", f"{config.memory >> 20}M"),

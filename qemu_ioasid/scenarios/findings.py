@@ -305,7 +305,7 @@ def _fd_without_id(rig: Rig, trial: Trial) -> bool:
 
 
 @contextlib.contextmanager
-def _booted(rig: Rig, **changes: bool) -> Iterator[Guest]:
+def _booted(rig: Rig, place: type[Place] = Place, **changes: bool) -> Iterator[Guest]:
     """The guest anew, its virtual IOMMU changed as the rig file forbids; ends with the block."""
     parts = rig.host.parts
     assert parts is not None, "session.run gives findings a host VM"
@@ -318,7 +318,7 @@ def _booted(rig: Rig, **changes: bool) -> Iterator[Guest]:
         rig.host,
         name,
         guest,
-        Place(parts.guest_viommu, parts.slowness),
+        place(parts.guest_viommu, parts.slowness),
         rig.mdevs,
         rig.host.guest_consoles[name],
         rig.host.guest_agents[name],
@@ -359,6 +359,35 @@ def _fsts(rig: Rig, trial: Trial) -> bool:
     faulted = (after["status"], after["error"]) == ("FAULT", errno.ENOENT)
     trial.require(faulted or after["status"] == "DONE", "it must be done or fault with ENOENT")
     return faulted
+
+
+class _WithHpet(Place):
+    hpet = "on"
+
+
+#: How long a guest's QEMU is watched, in seconds, and how often a second it may wake up idle; a
+#: timer of a kernel that has CONFIG_HZ=100 wakes it 100 times.
+_WATCHED, _IDLE = 4, 50
+
+
+def _hpet_keeps_ticking(rig: Rig, trial: Trial) -> bool:
+    """hpet_ram_write() sets a timer anew whose interrupt the guest has just turned off."""
+    switches = "grep -h ^voluntary /proc/$(pidof qemu-system-x86_64)/status"
+
+    def wakeups() -> float:
+        """Of the main loop, in a second."""
+        deadline = Deadline(60, "a look at the guest's QEMU")
+        said = rig.host.ssh.output(f"{switches}; sleep {_WATCHED}; {switches}", deadline)
+        before, after = (int(line.split()[1]) for line in said.decode().splitlines())
+        return (after - before) / _WATCHED
+
+    without = wakeups()
+    with _booted(rig, _WithHpet):
+        having = wakeups()
+    trial.answer(f"an idle guest's QEMU wakes up {without:.0f} times a second without an HPET")
+    trial.answer(f"with one that its kernel has turned off {having:.0f} times")
+    trial.require(without < _IDLE, "without an HPET it must be idle")
+    return having - without > _IDLE
 
 
 #: So often is the host VM stopped and continued; with the bug a guest is gone after a few hundred.
@@ -447,6 +476,13 @@ FINDINGS = (
         "QEMU of the guests",
         "have an assigned device work in memory that its guest mapped with fsts=on",
         _fsts,
+        rig=GUEST,
+    ),
+    Finding(
+        "hpet-keeps-ticking",
+        "QEMU of the guests",
+        "boot a guest with an HPET, which Linux turns off, and count how often its QEMU wakes up",
+        _hpet_keeps_ticking,
         rig=GUEST,
     ),
     Finding(
