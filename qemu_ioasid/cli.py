@@ -230,6 +230,13 @@ def _add_bench(
     command.add_argument(
         "--restores", type=int, metavar="N", help="only restore the default rig, N times in a row"
     )
+    command.add_argument(
+        "--edit",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="only build, boot and judge the kernel anew with a line more in this C file of it",
+    )
     _add_machine(command)
     command.set_defaults(handler=_bench)
 
@@ -332,7 +339,11 @@ def _bench(arguments: argparse.Namespace, terminal: Terminal) -> int:
         report=arguments.report,
         append=arguments.append,
     )
-    if arguments.restores:
+    if arguments.edit:
+        document = bench.edits(
+            options, arguments.edit, arguments.rounds, subcommand.output(terminal)
+        )
+    elif arguments.restores:
         document = bench.restores(options, arguments.restores, subcommand.output(terminal))
     else:
         document = bench.run(options, arguments.rounds, subcommand.output(terminal))

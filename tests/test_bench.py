@@ -6,7 +6,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import pytest
+
 from qemu_ioasid.bench.table import Measurement, Ratio, measure, text
+from qemu_ioasid.kernel import Kernel
 from tests.conftest import Command
 
 
@@ -45,3 +48,10 @@ def test_no_rounds_is_exit_2(command: Command) -> None:
     ended = command("bench", "--rounds", "0")
     assert ended.code == 2
     assert "--rounds 0" in ended.err
+
+
+@pytest.mark.parametrize("name", ["drivers/nonesuch.c", "Makefile"])
+def test_an_edit_of_no_c_file_is_exit_2(built_kernel: Kernel, command: Command, name: str) -> None:
+    ended = command("bench", "--edit", name)
+    assert ended.code == 2
+    assert f"--edit {name}: no C file of the kernel" in ended.err

@@ -6,17 +6,18 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qemu_ioasid import config, kernel, session, standby
-from qemu_ioasid.bench import cloop, registration, start, table
+from qemu_ioasid.bench import cloop, edit, registration, start, table
 from qemu_ioasid.bench.table import text
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.report import Report
 from qemu_ioasid.session import Options, Output
 
-__all__ = ["restores", "run", "text"]
+__all__ = ["edits", "restores", "run", "text"]
 
 #: Raised by one when a key of the document changes its meaning.
 SCHEMA = 1
@@ -49,19 +50,14 @@ def run(options: Options, rounds: int, output: Output) -> dict[str, Any]:
                 rounds, registration.measurements(stage), registration.RATIOS, output.progress
             )
         load.append(os.getloadavg()[0])
-    document = {
-        "schema": SCHEMA,
-        "results": rows,
+    told = {
         "rounds": rounds,
-        "machine": _machine(),
         "load": load,
         "accelerator": report.accelerator,
         "versions": report.versions,
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "report": str(folder),
     }
-    (folder / "bench.json").write_text(json.dumps(document, indent=2) + "\n")
-    return document
+    return _kept(folder, {"results": rows, **told})
 
 
 def restores(options: Options, count: int, output: Output) -> dict[str, Any]:
@@ -80,13 +76,26 @@ def restores(options: Options, count: int, output: Output) -> dict[str, Any]:
                 output.progress(str(found))
     finally:
         output.say(str(found))
-        document = {
-            "schema": SCHEMA,
-            "results": [found.row()],
-            "machine": _machine(),
-            "report": str(folder),
-        }
-        (folder / "bench.json").write_text(json.dumps(document, indent=2) + "\n")
+        document = _kept(folder, {"results": [found.row()]})
+    return document
+
+
+def edits(options: Options, names: Sequence[str], rounds: int, output: Output) -> dict[str, Any]:
+    """Edit each of the kernel's files *names* *rounds* times; raises what `edit.Edits` does."""
+    folder = session.report_folder(options.report, "edits")
+    report = Report(folder, "edits", output.say, begins=output.begins)
+    words = ["--accel", options.accelerator, "--qemu", options.qemu, f"--append={options.append}"]
+    with report.phase("kernel"):
+        edited = edit.Edits(options.kernel, words, names, folder, output)
+    with report.phase(f"measure edits, {rounds} rounds"):
+        rows = table.measure(rounds, edited.measurements(), (), output.progress)
+    return _kept(folder, {"results": rows, "rounds": rounds})
+
+
+def _kept(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """The document of what was *found*, which is written to *folder*, too."""
+    document = {"schema": SCHEMA, **found, "machine": _machine(), "report": str(folder)}
+    (folder / "bench.json").write_text(json.dumps(document, indent=2) + "\n")
     return document
 
 
