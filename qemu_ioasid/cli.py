@@ -225,10 +225,13 @@ def _add_bench(
 ) -> None:
     command = commands.add_parser("bench", parents=[common], help="measure what things cost here")
     command.add_argument(
-        "--rounds", type=int, default=5, metavar="N", help="how often each is measured (5)"
+        "--rounds", type=_count, default=5, metavar="N", help="how often each is measured (5)"
     )
     command.add_argument(
-        "--restores", type=int, metavar="N", help="only restore the default rig, N times in a row"
+        "--restores",
+        type=_count,
+        metavar="N",
+        help="only restore the default rig, N times in a row",
     )
     command.add_argument(
         "--edit",
@@ -330,8 +333,6 @@ def _order(arguments: argparse.Namespace, name: str, takes: tuple[str, ...]) -> 
 
 
 def _bench(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    if arguments.rounds < 1:
-        raise ConfigurationError(f"--rounds {arguments.rounds}: at least one is needed")
     options = Options(
         accelerator=arguments.accel,
         qemu=arguments.qemu,

@@ -249,8 +249,8 @@ class Rig:
         in every rig restored from there. The series has KVM avoid it; not every kernel
         has that.
         """
-        self.host.agent.call("freeze", seconds=SETTLE_SECONDS * calibration())
         try:
+            self.host.agent.call("freeze", seconds=SETTLE_SECONDS * calibration())
             yield
         finally:
             self.host.agent.call("thaw")
@@ -269,7 +269,8 @@ class Rig:
                 snapshot.save_whole(self.host.qmp, folder, known, deadline)
                 snapshot.seal(folder)
             finally:
-                self.host.qmp.execute("cont", deadline)
+                # The first one may have been spent.
+                self.host.qmp.execute("cont", Deadline(SAVE_SECONDS, "the host VM to go on"))
 
     def dismantle(self, seen: Mapping[str, int] | None = None) -> None:
         """Stop the guests and remove the mdevs: what a host does at its end, and may break at.

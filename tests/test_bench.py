@@ -47,7 +47,8 @@ def test_rows_have_median_and_every_round() -> None:
 def test_no_rounds_is_exit_2(command: Command) -> None:
     ended = command("bench", "--rounds", "0")
     assert ended.code == 2
-    assert "--rounds 0" in ended.err
+    assert "--rounds: 0: must be" in ended.err
+    assert command("bench", "--restores", "-5").code == 2
 
 
 @pytest.mark.parametrize("name", ["drivers/nonesuch.c", "Makefile"])

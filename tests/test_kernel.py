@@ -168,6 +168,9 @@ def test_a_patch_that_does_not_apply_is_named(small: Small) -> None:
     patch.write_text("--- a/../../outside\n+++ b/../../outside\n@@ -0,0 +1 @@\n+x\n")
     with pytest.raises(ConfigurationError, match="leads out of the tree"):
         small.build()
+    patch.write_text(_PATCH.format(value="9").replace("drivers/driver.c", "./drivers/driver.c"))
+    with pytest.raises(ConfigurationError, match=r"must be drivers/driver\.c"):
+        small.build()
     patch.unlink()
     with pytest.raises(ConfigurationError, match="no such patch"):
         small.build()
@@ -191,6 +194,27 @@ def test_a_compiler_error_is_told(small: Small) -> None:
         small.build()
     small.patch("4")
     assert not small.build().cached
+
+
+def test_warnings_stay_while_their_object_does(small: Small) -> None:
+    """Whichever build has compiled it, and whatever became of that."""
+    small.patch("2;\n+#warning one\n+int more")
+    patch = small.series / "0001-driver.patch"
+    patch.write_text(patch.read_text().replace("+1 @@", "+1,3 @@", 1))
+    told = ["drivers/driver.c: warning: #warning one [-Wcpp]"]
+    assert small.build().warnings == told
+    patch.write_text("Said otherwise.\n" + patch.read_text())
+    assert small.build().warnings == told
+    small.patch("3")
+    assert small.build().warnings == []
+
+
+def test_the_users_environment_steers_nothing(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MAKEFLAGS", "KCONFIG_CONFIG", "GNUMAKEFLAGS"):
+        monkeypatch.setenv(name, "-n" if "FLAGS" in name else "nonesuch")
+    assert small.build().vmlinux.stat().st_size
 
 
 def test_two_at_once(small: Small) -> None:
@@ -256,8 +280,11 @@ def test_the_nearest_newer_source(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "qemu_ioasid.archive.newest", lambda pattern, suite, *, deadline: lists.get(suite, {})
     )
-    found = [str(offer) for offer in source.offered("7.2", Deadline(9, "offers"))]
+    found = [str(offer) for offer in source.offered("7.2", Deadline(9, "offers"), True)]
     assert found == ["linux-source-7.3 7.3.5", "linux-source-7.4 7.4.1"]
+    # Who names one means that one.
+    with pytest.raises(RequirementError, match=r"no source of Linux 7\.2 to be had: "):
+        list(source.offered("7.2", Deadline(9, "offers"), False))
 
 
 def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def test_each_is_in_the_table_and_was_killed() -> None:
 
 def test_each_fits_the_series(tmp_path: Path, built_kernel: Kernel) -> None:
     deadline = Deadline(60, "patches")
-    known = source.remembered(kernel.SERIES.name)
+    known = source.remembered(kernel.SERIES.name, True)
     assert known is not None
     kept = tree.Tree(cache.entry("kernel-tree", known.key))
     patches = series.listed(kernel.SERIES)

@@ -121,6 +121,35 @@ def test_another_commit_writes_what_differs(linux: Path, deadline: Deadline) -> 
     assert (kept.src / "drivers/driver.c").read_text() == DRIVER
 
 
+def test_a_git_that_was_killed_is_no_hindrance(linux: Path, deadline: Deadline) -> None:
+    kept = laid_out(named(f"tree:{linux}@HEAD~2", deadline), deadline)
+    (kept.folder / "git.index.lock").touch()
+    laid_out(named(f"tree:{linux}", deadline), deadline)
+    assert "made2" in (kept.src / "drivers/driver.c").read_text()
+
+
+def test_somebody_elses_repository(
+    linux: Path, deadline: Deadline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    with pytest.raises(ConfigurationError, match=r"no git repository .*dubious ownership"):
+        named(f"tree:{linux}", deadline)
+
+
+def test_a_file_that_a_series_takes_away_comes_back_as_it_was(
+    linux: Path, tmp_path: Path, deadline: Deadline
+) -> None:
+    (linux / "other.c").chmod(0o755)
+    git(linux, "commit", "-qam", "It can be run")
+    kept = laid_out(named(f"tree:{linux}", deadline), deadline)
+    patch = tmp_path / "gone.patch"
+    patch.write_text("--- a/other.c\n+++ /dev/null\n@@ -1 +0,0 @@\n-int other;\n")
+    kept.apply([patch], deadline)
+    assert not (kept.src / "other.c").exists()
+    kept.apply([], deadline)
+    assert (kept.src / "other.c").stat().st_mode & 0o777 == 0o755
+
+
 def test_a_tree_that_has_it(linux: Path, deadline: Deadline) -> None:
     found = named(f"tree:{linux}", deadline)
     assert found.has("drivers/driver.c") and not found.has("drivers/vfio/pdma/Makefile")
@@ -191,6 +220,19 @@ def test_series_in_each_form(linux: Path, tmp_path: Path, deadline: Deadline) ->
     ]
 
 
+def test_what_users_set_for_their_own_patches(
+    linux: Path, deadline: Deadline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("format.coverLetter=true", "diff.noprefix=true", "format.suffix=.txt")
+    for setting in (*settings, "format.attach=x", "color.ui=always"):
+        git(linux, "config", *setting.split("="))
+    patches = series.patches("HEAD~2..HEAD", deadline, linux)
+    assert [path.name for path in patches] == ["0001-Make-1.patch", "0002-Make-2.patch"]
+    kept = laid_out(named(f"tree:{linux}@HEAD~2", deadline), deadline)
+    kept.apply(patches, deadline)
+    assert "made2" in (kept.src / "drivers/driver.c").read_text()
+
+
 def test_a_mail_in_base64(linux: Path, tmp_path: Path, deadline: Deadline) -> None:
     import base64
 
@@ -209,6 +251,7 @@ def test_a_mail_in_base64(linux: Path, tmp_path: Path, deadline: Deadline) -> No
     ("word", "message"),
     [
         ("nonesuch", "must be one of none"),
+        ("../typo.mbox", "../typo.mbox: no such file"),
         ("HEAD..HEAD", "needs a git repository"),
         ("{linux}:HEAD..HEAD", "has no commit in it"),
         ("{linux}:a..b", "series .*linux: "),
@@ -234,7 +277,15 @@ def test_a_patch_that_does_not_apply_is_named_with_its_hunk(
         kept.apply([patch], deadline)
 
 
-def test_paths_are_made_absolute(linux: Path, tmp_path: Path) -> None:
+def test_paths_are_made_absolute(
+    linux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/x")
+    assert origin.anchored("tree:~/linux@v7.2", tmp_path) == "tree:/home/x/linux@v7.2"
+    assert series.anchored("~/linux:a..b", tmp_path) == "/home/x/linux:a..b"
+    assert (
+        origin.anchored("image:a,modules=b", tmp_path) == f"image:{tmp_path}/a,modules={tmp_path}/b"
+    )
     assert origin.anchored("tree:linux@HEAD", tmp_path) == f"tree:{linux}@HEAD"
     assert origin.anchored("debian:7.2", tmp_path) == "debian:7.2"
     assert origin.anchored("", tmp_path) == series.anchored("", tmp_path) == ""

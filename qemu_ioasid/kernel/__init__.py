@@ -231,7 +231,9 @@ def _of_source(
     compiler = make.compiler(deadline)
     word = _word(spec, deadline)
     refused: ConfigurationError | None = None
-    for origin in origins.find(word, spec.update, deadline, progress):
+    # Who names one means that one.
+    newer = not spec.source
+    for origin in origins.find(word, spec.update, deadline, progress, newer):
         try:
             made = act(_Recipe(spec, origin, compiler, deadline))
         except tree.PatchRefused as error:
@@ -261,7 +263,7 @@ def resolved(spec: Spec, *, deadline: Deadline, progress: Progress) -> tuple[str
     word = _word(spec, deadline)
     if word.startswith("image:"):
         raise ConfigurationError(f"{word}: is built: there is no source to lay patches over")
-    origin = next(origins.find(word, spec.update, deadline, progress))
+    origin = next(origins.find(word, spec.update, deadline, progress, not spec.source))
     patches = _patches(spec.series, origin, deadline)
     return word, patches, origins.laid_out(origin, deadline, progress)
 
@@ -291,7 +293,9 @@ def _ready(word: str, spec: Spec, deadline: Deadline) -> Kernel:
         (folder / "provenance.json").write_text(json.dumps(told, indent=1) + "\n")
 
     key = cache.digest(_VERSION, "image", found.content)
-    return _load(*cache.get_or_build("kernel", key, keep, deadline=deadline))
+    path, was_there = cache.get_or_build("kernel", key, keep, deadline=deadline)
+    os.utime(path)
+    return _load(path, was_there)
 
 
 def cached() -> list[Kernel]:

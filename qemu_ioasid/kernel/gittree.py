@@ -70,6 +70,8 @@ class GitTree:
         index = _index(src)
         told = index.with_suffix(".content")
         told.write_text("")
+        # Of a git that was killed; whoever has the tree's lock is alone with the index.
+        index.with_name(f"{index.name}.lock").unlink(missing_ok=True)
         words = [f"--work-tree={src}", "read-tree", "--reset", "-u", self.content]
         self._ask("", *words, ours=True, index=index)
         told.write_text(self.content)
@@ -111,8 +113,11 @@ class GitTree:
         try:
             found = git.run(where, *mine, *words, deadline=self._deadline, env=more)
         except ProcessFailed as failed:
-            said = otherwise or " ".join(failed.evidence.split("\n")[-3:]).strip()
-            raise ConfigurationError(f"{self._words}: {said}") from None
+            # What is wrong with the user's own repository only git knows.
+            said = [otherwise] if otherwise else failed.evidence.split("\n")[-3:]
+            if "ownership" in failed.evidence:
+                said.append(f"(git: {failed.evidence.splitlines()[0]})")
+            raise ConfigurationError(f"{self._words}: {' '.join(said).strip()}") from None
         return found.strip()
 
 

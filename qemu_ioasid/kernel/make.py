@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from qemu_ioasid import process
+from qemu_ioasid import process, reaper
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, ProcessFailed, RequirementError
 from qemu_ioasid.kernel import options
@@ -37,8 +38,11 @@ _FIXED = {
     # ccache then asks the compiler for the dependencies: a miss costs no second preprocessing.
     "CCACHE_DEPEND": "1",
 }
-# Make takes these from the environment; another project's must not steer our build.
-_FOREIGN = ("MAKEFLAGS", "MFLAGS", "ARCH", "CROSS_COMPILE", "KCFLAGS", "KAFLAGS", "LLVM", "W")
+# What make gets of the environment; whatever else stands there may steer it: KCFLAGS, ARCH, W.
+_KEPT = ("PATH", "HOME", "TMPDIR", reaper.TOKEN)
+_KEPT_PREFIXES = ("CCACHE_", "XDG_")
+_COMPILED = re.compile(r"^  CC(?: \[M\])? +(\S+)$")
+_WARNING = re.compile(r"^(\S+?)(?::\d+)*: (warning: .*)$")
 _STEP = re.compile(r"^  (CC|AS|LD|AR|HOSTCC)\s")
 #: Steps a whole build of the default profile takes, for a first build's percentage.
 _USUAL_STEPS = 1700
@@ -70,7 +74,11 @@ def _make_in(
     log: Path | None = None,
 ) -> str:
     """What make says in *folder*; nothing in the user's environment steers it."""
-    unset = [f"--unset={name}" for name in _FOREIGN]
+    unset = [
+        f"--unset={name}"
+        for name in os.environ
+        if name not in _KEPT and not name.startswith(_KEPT_PREFIXES)
+    ]
     # A rustc that PATH or HOME has in one shell and not in the next changes the config.
     steady = ["--no-print-directory", "RUSTC=false"]
     argv = ["env", *unset, "make", "-C", str(folder), *steady, *words]
@@ -91,7 +99,8 @@ class Build:
     def _make(
         self, targets: Sequence[str], deadline: Deadline, on_line: Progress | None = None
     ) -> str:
-        words = [f"O={self.out}", f"-j{self.jobs}", *self.words, *targets]
+        # What is said of an object comes behind its name, however many are compiled at once.
+        words = [f"O={self.out}", f"-j{self.jobs}", "--output-sync=target", *self.words, *targets]
         if shutil.which("ccache"):
             words.append("CC=ccache gcc")
         return _make_in(self.src, words, deadline, on_line, self.out / "build.log")
@@ -101,6 +110,7 @@ class Build:
 
         Raises ConfigurationError naming each option that did not come out as asked.
         """
+        self.warnings()
         (self.out / "build.log").unlink(missing_ok=True)
         wanted, made = self.out / "asked.config", self.out / "configured"
         text = "".join(f"{option.name}={option.value}\n" for option in asked)
@@ -197,10 +207,26 @@ class Build:
         return [(self.out / name).with_suffix(".ko") for name in names]
 
     def warnings(self) -> list[str]:
-        """The compiler's warnings of the last build, each once, without line and column."""
-        said = (self.out / "build.log").read_text(errors="replace")
-        found = re.findall(r"^(\S+?)(?::\d+)*: (warning: .*)$", said, re.MULTILINE)
-        return list(dict.fromkeys(f"{name.removeprefix('../')}: {text}" for name, text in found))
+        """What the compiler had to warn of in the objects there are, without line and column.
+
+        Each once. An object's are kept as long as it is, whichever build has compiled it.
+        """
+        kept: dict[str, list[str]] = {}
+        with contextlib.suppress(OSError):
+            kept = json.loads((self.out / "warnings.json").read_text())
+        name = ""
+        with contextlib.suppress(OSError):
+            for line in (self.out / "build.log").read_text(errors="replace").splitlines():
+                if compiled := _COMPILED.match(line):
+                    name = compiled[1]
+                    kept[name] = []
+                elif name and (warned := _WARNING.match(line)):
+                    kept[name].append(f"{warned[1].removeprefix('../')}: {warned[2]}")
+        kept = {name: said for name, said in kept.items() if said and (self.out / name).exists()}
+        temporary = self.out / "warnings.new"
+        temporary.write_text(json.dumps(kept, indent=1) + "\n")
+        temporary.replace(self.out / "warnings.json")
+        return list(dict.fromkeys(line for said in kept.values() for line in said))
 
     def release(self) -> str:
         """What ``uname -r`` will say."""

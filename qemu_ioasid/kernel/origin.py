@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,20 +138,26 @@ def laid_out(origin: Origin, deadline: Deadline, progress: Progress) -> tree.Tre
 
 
 def anchored(word: str, folder: Path) -> str:
-    """*word* with its path, which counts from *folder*, made absolute."""
+    """*word* with its paths, which count from *folder* or begin with ``~``, made absolute."""
     kind, _, rest = word.partition(":")
-    return f"{kind}:{folder.absolute() / rest}" if rest and kind != "debian" else word
+    if not rest or kind == "debian":
+        return word
+    path, modules, place = rest.partition(",modules=") if kind == "image" else (rest, "", "")
+    paths = [str(folder.absolute() / os.path.expanduser(each)) for each in (path, place) if each]
+    return f"{kind}:{modules.join(paths)}"
 
 
-def find(word: str, update: bool, deadline: Deadline, progress: Progress) -> Iterator[Origin]:
-    """What *word* names; of Debian's packages the next best ones too.
+def find(
+    word: str, update: bool, deadline: Deadline, progress: Progress, newer: bool = False
+) -> Iterator[Origin]:
+    """What *word* names; *newer*: of Debian's packages the next best ones too.
 
     Raises ConfigurationError for a word that names nothing; RequirementError when it cannot be had.
     """
     kind, _, rest = word.partition(":")
     if kind == "debian" and re.fullmatch(r"\d+\.\d+", rest):
-        known = None if update else source.remembered(rest)
-        for wanted in [known] if known else source.offered(rest, deadline):
+        known = None if update else source.remembered(rest, newer)
+        for wanted in [known] if known else source.offered(rest, deadline, newer):
             yield Debian(*source.fetch(wanted, deadline, progress))
     elif kind == "tree" and rest:
         path, _, revision = rest.rpartition("@") if "@" in rest else (rest, "", "")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -24,13 +25,14 @@ _RANGE = re.compile(r"(?:(?P<where>.+):)?(?P<range>[^:]*\.\.[^:]*)")
 
 def anchored(word: str, folder: Path) -> str:
     """*word* with its path, which counts from *folder*, made absolute."""
-    path = folder.absolute() / word
+    path = folder.absolute() / os.path.expanduser(word)
     if word and word != NONE and path.exists():
         return str(path)
     found = _RANGE.fullmatch(word)
     if found is None:
         return word
-    return f"{folder.absolute() / found['where']}:{found['range']}" if found["where"] else word
+    where = folder.absolute() / os.path.expanduser(found["where"] or "")
+    return f"{where}:{found['range']}" if found["where"] else word
 
 
 def base(word: str, deadline: Deadline) -> str | None:
@@ -66,7 +68,9 @@ def patches(word: str, deadline: Deadline, repository: Path | None = None) -> li
         raise ConfigurationError(f"series {word}: must be one of {FORMS}")
     where = Path(found["where"]) if found["where"] else repository
     if where is None or not where.is_dir():
-        raise ConfigurationError(f"series {word}: {where or 'a range'}: needs a git repository")
+        raise ConfigurationError(
+            f"series {word}: no such file, and {where or 'a range'} needs a git repository"
+        )
     return _range(where, found["range"], deadline)
 
 
@@ -121,6 +125,9 @@ def _made() -> Path:
 def _range(repository: Path, commits: str, deadline: Deadline) -> list[Path]:
     folder = _made()
     words = ["format-patch", "--quiet", "--no-renames", "--full-index", "-o", str(folder)]
+    # Whatever the user has set for patches of their own.
+    words += ["--no-cover-letter", "--no-attach", "--no-base", "--no-color", "--no-ext-diff"]
+    words += ["--suffix=.patch", "--src-prefix=a/", "--dst-prefix=b/"]
     _git(repository, deadline, *words, commits)
     found = sorted(folder.glob("*.patch"))
     if not found:

@@ -43,13 +43,20 @@ def _record(base: str) -> Path:
     return cache.root() / _KIND / f"{base}.json"
 
 
-def remembered(base: str) -> Source | None:
-    """The source that was last used for series of *base* (``7.2``), if it is still here."""
+def remembered(base: str, newer: bool) -> Source | None:
+    """The source that was last used for series of *base* (``7.2``), if it is still here.
+
+    Without *newer*, no other version's.
+    """
     with contextlib.suppress(OSError, ValueError, TypeError):
         source = Source(**json.loads(_record(base).read_text()))
-        if cache.entry(_KIND, source.key).is_dir():
+        if cache.entry(_KIND, source.key).is_dir() and (newer or source.package == _package(base)):
             return source
     return None
+
+
+def _package(base: str) -> str:
+    return f"linux-source-{base}"
 
 
 def remember(base: str, source: Source) -> None:
@@ -61,13 +68,13 @@ def remember(base: str, source: Source) -> None:
     temporary.replace(record)
 
 
-def offered(base: str, deadline: Deadline) -> Iterator[Source]:
-    """What the archive has for *base*: its own package first, then newer ones, nearest first.
+def offered(base: str, deadline: Deadline, newer: bool) -> Iterator[Source]:
+    """What the archive has for *base*: its own package, or with *newer* the next ones, in order.
 
     Raises RequirementError when there is nothing, naming each suite's reason.
     """
     major, minor = (int(part) for part in base.split("."))
-    newer: dict[int, Source] = {}
+    later: dict[int, Source] = {}
     reasons = []
     for suite in SUITES:
         try:
@@ -78,17 +85,16 @@ def offered(base: str, deadline: Deadline) -> Iterator[Source]:
         reasons.append(f"{suite} has {', '.join(sorted(found)) or 'none'}")
         for package, version in found.items():
             number = int(re.sub(r".*\.", "", package))
-            if number == minor:
+            if package == _package(base):
                 yield Source(package, version, suite)
                 return
-            if number > minor:
-                newer.setdefault(number, Source(package, version, suite))
-    for number in sorted(newer):
-        yield newer[number]
-    if not newer:
-        raise RequirementError(
-            f"no source of Linux {base} or newer to be had: " + "; ".join(reasons)
-        )
+            if newer and number > minor:
+                later.setdefault(number, Source(package, version, suite))
+    for number in sorted(later):
+        yield later[number]
+    if not later:
+        wanted = f"{base} or newer" if newer else base
+        raise RequirementError(f"no source of Linux {wanted} to be had: " + "; ".join(reasons))
 
 
 def fetch(

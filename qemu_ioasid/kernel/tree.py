@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import posixpath
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -124,11 +125,11 @@ class Tree:
 
     def _wanted(
         self, name: str, named: Sequence[str], touched: dict[str, bool], scratch: Path
-    ) -> bytes | None:
+    ) -> Path | None:
         path = scratch / name if name in named else self._originals / name
         if name not in named and not touched[name]:
             return None
-        return path.read_bytes() if path.is_file() else None
+        return path if path.is_file() else None
 
 
 def names(patch: Path) -> set[str]:
@@ -137,6 +138,9 @@ def names(patch: Path) -> set[str]:
     for name in found:
         if name.startswith("/") or ".." in name.split("/"):
             raise ConfigurationError(f"{patch}: {name}: leads out of the tree")
+        # Under two names a file would be two, and the one's original the other patched.
+        if posixpath.normpath(name) != name:
+            raise ConfigurationError(f"{patch}: {name}: must be {posixpath.normpath(name)}")
     return found
 
 
@@ -148,15 +152,13 @@ def _copy(source: Path, target: Path) -> bool:
     return True
 
 
-def _put(content: bytes | None, path: Path) -> None:
-    if content is None:
+def _put(source: Path | None, path: Path) -> None:
+    if source is None:
         path.unlink(missing_ok=True)
-    elif not path.is_file() or path.read_bytes() != content:
+    elif not path.is_file() or path.read_bytes() != source.read_bytes():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.new")
-        temporary.write_bytes(content)
-        if path.exists():
-            shutil.copymode(path, temporary)
+        shutil.copy(source, temporary)
         temporary.replace(path)
 
 
