@@ -41,7 +41,7 @@ _FIXED = {
 # What make gets of the environment; whatever else stands there may steer it: KCFLAGS, ARCH, W.
 _KEPT = ("PATH", "HOME", "TMPDIR", reaper.TOKEN)
 _KEPT_PREFIXES = ("CCACHE_", "XDG_")
-_COMPILED = re.compile(r"^  CC(?: \[M\])? +(\S+)$")
+_MADE = re.compile(r"^  [A-Z]\w*(?: \[M\])? +(\S+)$")
 _WARNING = re.compile(r"^(\S+?)(?::\d+)*: (warning: .*)$")
 _STEP = re.compile(r"^  (CC|AS|LD|AR|HOSTCC)\s")
 #: Steps a whole build of the default profile takes, for a first build's percentage.
@@ -207,9 +207,9 @@ class Build:
         return [(self.out / name).with_suffix(".ko") for name in names]
 
     def warnings(self) -> list[str]:
-        """What the compiler had to warn of in the objects there are, without line and column.
+        """What compiler and linker had to warn of in the files there are, without line and column.
 
-        Each once. An object's are kept as long as it is, whichever build has compiled it.
+        Each once. A file's are kept as long as it is, whichever build has made it.
         """
         kept: dict[str, list[str]] = {}
         with contextlib.suppress(OSError):
@@ -217,8 +217,8 @@ class Build:
         name = ""
         with contextlib.suppress(OSError):
             for line in (self.out / "build.log").read_text(errors="replace").splitlines():
-                if compiled := _COMPILED.match(line):
-                    name = compiled[1]
+                if made := _MADE.match(line):
+                    name = made[1]
                     kept[name] = []
                 elif name and (warned := _WARNING.match(line)):
                     kept[name].append(f"{warned[1].removeprefix('../')}: {warned[2]}")
