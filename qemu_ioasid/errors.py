@@ -6,6 +6,7 @@
     RigError                    never raised itself
      ├─ ConfigurationError      2  what the user wrote is wrong
      ├─ RequirementError        3  this machine lacks something
+     │   └─ KernelLacks            the kernel under test does
      ├─ InfrastructureError     4  the rig failed
      │   ├─ ProcessFailed          a child of ours ended badly
      │   ├─ DeadlineExceeded       a wait ran out of time
@@ -50,6 +51,10 @@ class RequirementError(RigError):
     """This machine lacks something the rig needs: the message says what to do."""
 
     exit_code = 3
+
+
+class KernelLacks(RequirementError):
+    """The kernel under test came up, and has not what is asked of it."""
 
 
 class InfrastructureError(RigError):

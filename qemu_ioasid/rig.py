@@ -20,7 +20,7 @@ from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.errors import (
     AgentError,
     ConnectionLost,
-    RequirementError,
+    KernelLacks,
     RigError,
 )
 
@@ -295,7 +295,7 @@ def _check_features(host: HostMachine, config: RigConfig) -> None:
         del wanted["mdev_type"], wanted["debugfs"]
     missing = [option for name, option in wanted.items() if not host.hello["kernel"].get(name)]
     if missing:
-        raise RequirementError(
+        raise KernelLacks(
             f"kernel {host.hello['release']} lacks {', '.join(missing)} for the host VM"
         )
 

@@ -14,7 +14,14 @@ from typing import Any, Literal
 
 from qemu_ioasid import config, process
 from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.errors import KernelBroke, ProcessFailed
+from qemu_ioasid.errors import (
+    ConfigurationError,
+    InfrastructureError,
+    KernelBroke,
+    KernelLacks,
+    ProcessFailed,
+    RequirementError,
+)
 from qemu_ioasid.kernel.options import NotGranted
 from qemu_ioasid.kernel.tree import PatchRefused
 from qemu_ioasid.process import Child
@@ -32,12 +39,18 @@ GRACE_SECONDS = 20.0
 WHY = 160
 
 #: *broke*: the kernel did not come up, or has reported something. *unbuildable*: there is no
-#: such kernel. *unknown*: the rig failed, and nothing is said about the kernel.
-Verdict = Literal["held", "failed", "broke", "unbuildable", "unknown"]
+#: such kernel. *lacking*: it came up, and has not what is tried: the driver, fault injection.
+#: *unknown*: the rig failed, or its user did, and nothing is said about the kernel.
+Verdict = Literal["held", "failed", "broke", "unbuildable", "lacking", "unknown"]
 _NO_KERNEL = (ProcessFailed.__name__, PatchRefused.__name__, NotGranted.__name__)
 #: The phases that build what is under test.
 _BUILDS = ("kernel", "the kernel's tests")
-_FULL = "No space left on device"
+#: What a compiler says of a full disk, which is no fault of what it compiles.
+FULL = "No space left on device"
+#: What a run ends with that tells nothing of its kernel.
+_CODES = tuple(
+    error.exit_code for error in (ConfigurationError, RequirementError, InfrastructureError)
+)
 
 
 @dataclass(frozen=True)
@@ -59,8 +72,17 @@ class Found:
             return "failed"
         if self.code == 5:
             return "broke"
-        built = error.get("phase") not in _BUILDS or error.get("kind") not in _NO_KERNEL
-        return "unknown" if built or _FULL in error.get("evidence", "") else "unbuildable"
+        kind = error.get("kind")
+        if kind == KernelLacks.__name__:
+            return "lacking"
+        blamed = error.get("phase") in _BUILDS and kind in _NO_KERNEL
+        full = FULL in error.get("evidence", "")
+        return "unbuildable" if blamed and not full else "unknown"
+
+    @property
+    def exit_code(self) -> int:
+        """What a command ends with that has no more to go by than this run, which says nothing."""
+        return self.code if self.code in _CODES else InfrastructureError.exit_code
 
     @property
     def reported(self) -> bool:

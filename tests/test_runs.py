@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from qemu_ioasid import runs
+from qemu_ioasid import rig, runs
+from qemu_ioasid.config import HostConfig, RigConfig
+from qemu_ioasid.errors import KernelLacks
 from qemu_ioasid.runs import Found
+from qemu_ioasid.scenarios import faults
 
 FAILED = {"checks": [{"name": "x", "verdict": "fail"}], "error": None}
 NONE: dict[str, Any] = {"checks": [], "error": None}
@@ -55,6 +59,24 @@ def test_what_it_says(
     expected = {"failed": "x", "held": r"\x1b[2Jlast"}
     if verdict in expected:
         assert found.why == expected[verdict]
+
+
+def test_a_kernel_that_has_not_what_is_tried(tmp_path: Path) -> None:
+    """What this machine lacks is something else."""
+    for kind, verdict in (("KernelLacks", "lacking"), ("RequirementError", "unknown")):
+        found = Found(3, error(kind, ""), tmp_path, tmp_path)
+        assert (found.verdict, found.exit_code) == (verdict, 3)
+    host: Any = SimpleNamespace(hello={"release": "7.2.12", "kernel": {}})
+    with pytest.raises(KernelLacks, match=r"kernel 7\.2\.12 lacks CONFIG"):
+        rig._check_features(host, RigConfig(HostConfig(), {}, {}, "x", ""))
+    with pytest.raises(KernelLacks, match="CONFIG_FAILSLAB"):
+        faults.run(SimpleNamespace(host=host), None, [])  # type: ignore[arg-type]
+
+
+def test_what_a_command_ends_with_that_knows_no_more(tmp_path: Path) -> None:
+    codes = {None: 4, -9: 4, 1: 4, 2: 2, 3: 3, 4: 4, 130: 4}
+    for code, expected in codes.items():
+        assert Found(code, NONE, tmp_path, tmp_path).exit_code == expected
 
 
 def test_a_run_that_is_refused(tmp_path: Path) -> None:

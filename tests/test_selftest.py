@@ -324,6 +324,14 @@ def test_a_target_goes_on_in_another_vm(tmp_path: Path, booted: list[str]) -> No
         selftest.Tests(report, [], "7.2.12", ["nonesuch"]).choose(programs)
 
 
+def test_a_target_without_a_test_here(tmp_path: Path) -> None:
+    """arm64 has none on x86-64: nothing held."""
+    report = Report(tmp_path, "selftest", lambda line: None)
+    tests = selftest.Tests(report, [], "7.2.12", ())
+    with pytest.raises(ConfigurationError, match="selftest arm64: this kernel has no test of it"):
+        tests.choose(Programs(Path("disk"), {"iommu": ["iommufd"], "arm64": []}))
+
+
 @pytest.mark.parametrize(
     ("only", "vms", "made"),
     [

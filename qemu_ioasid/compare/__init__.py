@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qemu_ioasid import runs, tried
-from qemu_ioasid.errors import RequirementError
 from qemu_ioasid.kernel import Spec
 from qemu_ioasid.runs import Found
 from qemu_ioasid.session import Output
@@ -19,6 +18,8 @@ from qemu_ioasid.text import visible
 _NUMBERS = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+(?:\.\d+)?")
 #: New lines of a log that are shown, at most; all are in compare.json.
 SHOWN = 10
+#: What is said of a kernel that is worse than any check could tell, by a run's verdict.
+_BROKE = {"broke": "broke", "unbuildable": "cannot be built"}
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,12 @@ class Pair:
     lines: list[str] = field(default_factory=list)
     #: Of each phase of both, its seconds.
     seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
-    #: Whether the rig failed, or the second kernel broke where the first did not.
-    unknown: bool = False
-    broke: bool = False
+    #: The exit code of a run that told nothing of its kernel: the rig failed, or a word was wrong.
+    code: int = 0
+    #: What the second kernel did, or cannot, where the first did better; one of `_BROKE`.
+    broke: str = ""
+    #: What both kernels were, where that was one.
+    kernel: str = ""
 
     @property
     def regressions(self) -> list[Change]:
@@ -60,9 +64,8 @@ class Pair:
 
 def run(
     kernels: tuple[Spec, Spec], scenarios: Sequence[str], folder: Path, output: Output
-) -> list[Pair]:
+) -> Iterator[Pair]:
     """Each scenario on both kernels, booted anew; the reports go to *folder*."""
-    pairs = []
     for name in scenarios:
         found = []
         for letter, spec in zip("ab", kernels, strict=True):
@@ -71,10 +74,10 @@ def run(
             words = [*runs.BARE, *spec.words] if name == "boot" else tried.words(name, spec)
             found.append(runs.run(words, folder / letter / name, output.progress))
             output.begins("")
-        pairs.append(pair(name, found[0], found[1]))
-        for line in told(pairs[-1]).splitlines():
+        made = pair(name, found[0], found[1])
+        for line in told(made).splitlines():
             output.say(line)
-    return pairs
+        yield made
 
 
 def pair(name: str, first: Found, second: Found) -> Pair:
@@ -83,13 +86,17 @@ def pair(name: str, first: Found, second: Found) -> Pair:
         {check["name"]: str(check["verdict"]) for check in found.report["checks"]}
         for found in (first, second)
     ]
+    # The first may lack what the second has; of one that lacks it now, nothing was tried.
+    silent = (first.verdict == "unknown", second.verdict in ("unknown", "lacking"))
     changes = [
         Change(name, check, verdicts[0].get(check, ""), verdicts[1].get(check, ""))
         for check in dict.fromkeys([*verdicts[0], *verdicts[1]])
+        if all(check in made or not mute for made, mute in zip(verdicts, silent, strict=True))
     ]
     different = [change for change in changes if change.before != change.after]
     said = [_said(found) for found in (first, second)]
-    lacking = RequirementError.exit_code
+    codes = [each.exit_code for each, mute in zip((first, second), silent, strict=True) if mute]
+    broke = "" if first.verdict in ("unknown", second.verdict) else _BROKE.get(second.verdict, "")
     return Pair(
         name,
         (_early(first), _early(second)),
@@ -97,10 +104,9 @@ def pair(name: str, first: Found, second: Found) -> Pair:
         different,
         [line for key, line in said[1].items() if key not in said[0]],
         _seconds(first, second),
-        unknown=any(
-            found.verdict == "unknown" and found.code != lacking for found in (first, second)
-        ),
-        broke=second.verdict in ("broke", "unbuildable") and first.verdict != second.verdict,
+        code=max(codes, default=0),
+        broke=broke,
+        kernel=_same(first, second),
     )
 
 
@@ -109,10 +115,18 @@ def _early(found: Found) -> str:
 
 
 def _said(found: Found) -> dict[str, str]:
-    """The lines of the host VM's console, by what of them is the same each time."""
-    path = found.folder / "host.console.log"
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    return {_NUMBERS.sub("#", line.strip()): line.strip() for line in text.splitlines()}
+    """The lines of the host VMs' consoles, by what of them is the same each time."""
+    # Each VM of the kernel's own tests has a folder.
+    paths = sorted(found.folder.rglob("host.console.log"))
+    lines = [line for path in paths for line in path.read_text(errors="replace").splitlines()]
+    return {_NUMBERS.sub("#", line.strip()): line.strip() for line in lines}
+
+
+def _same(first: Found, second: Found) -> str:
+    one, other = (found.report.get("versions", {}).get("kernel", {}) for found in (first, second))
+    if not one.get("hash") or one["hash"] != other.get("hash"):
+        return ""
+    return f"{one['release']} ({one['source']}), {one['hash']}"
 
 
 def _seconds(first: Found, second: Found) -> dict[str, tuple[float, float]]:
@@ -142,3 +156,24 @@ def told(pair: Pair) -> str:
         if "boot" in name or name == "kernel"
     ]
     return "\n".join(text)
+
+
+def judged(pairs: Sequence[Pair]) -> tuple[int, list[str]]:
+    """The exit code, and what it is for, in lines."""
+    count = sum(len(pair.regressions) for pair in pairs)
+    said = [f"{count} regressions"] if count else []
+    said += [
+        f"the second kernel {pair.broke} ({pair.scenario}): {pair.why[1]}"
+        for pair in pairs
+        if pair.broke
+    ]
+    code = 1 if said else max((pair.code for pair in pairs), default=0)
+    for pair in pairs:
+        if pair.code:
+            why = [f"{letter}: {text}" for letter, text in zip("AB", pair.why, strict=True) if text]
+            said.append(f"{pair.scenario}: not compared to its end; {'; '.join(why)}")
+    kernel = next((pair.kernel for pair in pairs if pair.kernel), "")
+    return code, [
+        *(said or ["no regression"]),
+        *([f"both are the same kernel: {kernel}"] if kernel else []),
+    ]

@@ -7,9 +7,12 @@ import argparse
 import json
 import os
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qemu_ioasid import compare, kernel, session, subcommand, tried
+from qemu_ioasid.cache import explained
+from qemu_ioasid.compare import Pair
+from qemu_ioasid.kernel import Spec
 from qemu_ioasid.session import Output
 from qemu_ioasid.terminal import Terminal
 
@@ -44,28 +47,36 @@ def add(commands: Commands) -> None:
 
 
 def _run(arguments: argparse.Namespace, terminal: Terminal, output: Output) -> int:
-    names = arguments.scenario or SCENARIOS
+    names = list(dict.fromkeys(arguments.scenario or SCENARIOS))
     for name in names:
         tried.find(name)
-    spec = kernel.Spec(profile=arguments.profile)
+    spec = Spec(profile=arguments.profile)
     first = spec.naming(arguments.a, arguments.series_a)
     second = spec.naming(arguments.b, arguments.series_b)
     folder = session.report_folder(arguments.report, "compare")
-    pairs = compare.run((first, second), names, folder, output)
-    regressions = [change for pair in pairs for change in pair.regressions]
-    worse = bool(regressions) or any(pair.broke for pair in pairs)
-    document = {
+    pairs: list[Pair] = []
+    with explained(folder, "make room, or take another folder with --report"):
+        try:
+            for pair in compare.run((first, second), names, folder, output):
+                pairs.append(pair)
+        finally:
+            text = json.dumps(_document(first, second, pairs), indent=2)
+            (folder / "compare.json").write_text(f"{text}\n")
+    code, said = compare.judged(pairs)
+    for line in said:
+        terminal.say(line)
+    if arguments.json:
+        print(text)
+    else:
+        terminal.say(f"reports: {os.path.relpath(folder)}")
+    return code
+
+
+def _document(first: Spec, second: Spec, pairs: list[Pair]) -> dict[str, Any]:
+    return {
         "schema": 1,
         "a": {"kernel": first.source, "series": first.series},
         "b": {"kernel": second.source, "series": second.series},
-        "regressions": [asdict(change) for change in regressions],
+        "regressions": [asdict(change) for pair in pairs for change in pair.regressions],
         "scenarios": [asdict(pair) for pair in pairs],
     }
-    (folder / "compare.json").write_text(json.dumps(document, indent=2) + "\n")
-    if arguments.json:
-        print(json.dumps(document, indent=2))
-    else:
-        count = len(regressions)
-        terminal.say(f"{count} regressions" if worse else "no regression")
-        terminal.say(f"reports: {os.path.relpath(folder)}")
-    return 1 if worse else 4 if any(pair.unknown for pair in pairs) else 0

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,17 +14,22 @@ from xml.etree import ElementTree
 
 from qemu_ioasid import kernel, process, runs, tried
 from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.errors import ConfigurationError, ProcessFailed, RequirementError
+from qemu_ioasid.errors import ConfigurationError, ProcessFailed, RequirementError, RigError
 from qemu_ioasid.kernel import Spec
 from qemu_ioasid.kernel.series import NONE
 from qemu_ioasid.kernel.tree import PatchRefused, Tree
+from qemu_ioasid.runs import Found
 from qemu_ioasid.session import BUILD_SECONDS, Output
 from qemu_ioasid.text import lines, visible
 
 #: Without mainline's history a commit that a Fixes: names is one it does not know.
 _CHECKPATCH = ("--strict", "--no-signoff", "--ignore", "FILE_PATH_CHANGES,UNKNOWN_COMMIT_ID", "-q")
 
+#: What a host VM alone is tried by.
+_BOOTS = "boots"
+
 #: *none*: what it would be tried on is not there (yet). *skip*: an earlier step did not pass.
+#: *error*: the rig failed, and nothing is said about the patch.
 Verdict = Literal["pass", "fail", "none", "skip", "error"]
 
 
@@ -37,6 +42,8 @@ class Step:
     why: str = ""
     evidence: str = ""
     seconds: float = 0.0
+    #: The exit code that an *error* is.
+    code: int = 0
 
 
 @dataclass
@@ -68,19 +75,17 @@ class Series:
         self._output = output
         self._warned = set(self._build(spec.naming(self._word, NONE)).warnings)
 
-    def run(self, keep_going: bool) -> list[Row]:
+    def run(self, keep_going: bool) -> Iterator[Row]:
         """Try each; without *keep_going* the first one that something is wrong with is the last."""
-        rows = []
         for number, patch in enumerate(self.patches, 1):
             row = Row(patch.name)
-            rows.append(row)
             self._try(number, row)
             for line in told(row, number, len(self.patches)).splitlines():
                 self._output.say(line)
+            yield row
             gone = row.steps[0].verdict != "pass"
             if gone or not (row.held or keep_going):
                 break
-        return rows
 
     def _prefix(self, number: int) -> Spec:
         """The kernel with the first *number* patches."""
@@ -101,12 +106,8 @@ class Series:
         built = None
         try:
             built = self._build(spec)
-        except PatchRefused as refused:
-            row.steps.append(Step("applies", "fail", refused.message, refused.evidence))
-        except (ProcessFailed, ConfigurationError) as failed:
-            row.steps.append(Step("applies", "pass"))
-            why = failed.evidence.strip().rpartition("\n")[2] or failed.message
-            row.steps.append(Step("builds", "fail", why, failed.evidence))
+        except RigError as failed:
+            row.steps += unbuilt(failed)
         seconds = time.monotonic() - started
         if built is not None:
             new = [each for each in built.warnings if each not in self._warned]
@@ -122,7 +123,7 @@ class Series:
         self._output.begins("")
 
     def _boot(self, number: int, spec: Spec, row: Row) -> None:
-        up = self._scenario(number, "boots", [*runs.BARE, *spec.words])
+        up = self._scenario(number, _BOOTS, [*runs.BARE, *spec.words])
         row.steps.append(up)
         for name in self._scenarios:
             if up.verdict == "pass":
@@ -132,16 +133,34 @@ class Series:
 
     def _scenario(self, number: int, name: str, words: list[str]) -> Step:
         place = self._folder / f"{number:04}/{name}"
-        found = runs.run(words, place, self._output.progress)
-        seconds = found.seconds()
-        evidence = (found.report["error"] or {}).get("evidence", "")
-        if found.verdict == "held":
-            return Step(name, "pass", seconds=seconds)
-        if found.code == RequirementError.exit_code:
-            # A later patch brings it, or nobody does: the last row says.
-            return Step(name, "none", found.why, seconds=seconds)
-        wrong = found.verdict in ("failed", "broke")
-        return Step(name, "fail" if wrong else "error", found.why, evidence, seconds)
+        return tried_by(name, runs.run(words, place, self._output.progress))
+
+
+def unbuilt(failed: RigError) -> list[Step]:
+    """What is told of a patch whose kernel was not built."""
+    full = next((line for line in failed.evidence.splitlines() if runs.FULL in line), "")
+    if full or not isinstance(failed, (ProcessFailed, ConfigurationError)):
+        # Whether it applies is not known either.
+        why = full or failed.message
+        return [Step("builds", "error", why, failed.evidence, code=failed.exit_code)]
+    if isinstance(failed, PatchRefused):
+        return [Step("applies", "fail", failed.message, failed.evidence)]
+    why = failed.evidence.strip().rpartition("\n")[2] or failed.message
+    return [Step("applies", "pass"), Step("builds", "fail", why, failed.evidence)]
+
+
+def tried_by(name: str, found: Found) -> Step:
+    """What a run of the scenario *name* says of the patch."""
+    seconds = found.seconds()
+    if found.verdict == "held":
+        return Step(name, "pass", seconds=seconds)
+    if found.verdict == "lacking" and name != _BOOTS:
+        # A later patch brings it, or none does: `judged` says.
+        return Step(name, "none", found.why, seconds=seconds)
+    evidence = (found.report["error"] or {}).get("evidence", "")
+    if found.verdict in ("failed", "broke"):
+        return Step(name, "fail", found.why, evidence, seconds)
+    return Step(name, "error", found.why, evidence, seconds, found.exit_code)
 
 
 def checkpatch(tree: Tree, patch: Path) -> Step:
@@ -167,9 +186,22 @@ def told(row: Row, number: int, of: int) -> str:
         for step in row.steps
         if step.verdict not in ("pass", "skip")
     ]
-    return f"  {number:>2}/{of} {'ok  ' if row.held else 'FAIL'}  {row.patch}\n" + (
-        f"           {steps}{''.join(wrong)}"
-    )
+    failed = any(step.verdict == "fail" for step in row.steps)
+    mark = "ok" if row.held else "FAIL" if failed else "ERROR"
+    return f"  {number:>2}/{of} {mark:5} {row.patch}\n           {steps}{''.join(wrong)}"
+
+
+def judged(rows: Sequence[Row], scenarios: Sequence[str]) -> tuple[int, list[str]]:
+    """The exit code, and which of *scenarios* no kernel of the series could be tried with."""
+    steps = [step for row in rows for step in row.steps]
+    never = []
+    for name in scenarios:
+        tries = [step for step in steps if step.name == name and step.verdict != "skip"]
+        if tries and all(step.verdict == "none" for step in tries):
+            never.append(f"{name} was never made: {tries[-1].why}")
+    code = max((step.code for step in steps), default=0)
+    failed = int(not all(row.held for row in rows))
+    return code or failed or (RequirementError.exit_code if never else 0), never
 
 
 def junit(rows: Sequence[Row]) -> bytes:

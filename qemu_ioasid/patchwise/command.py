@@ -9,10 +9,12 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qemu_ioasid import patchwise, session, subcommand, tried
+from qemu_ioasid.cache import explained
 from qemu_ioasid.kernel import Spec
+from qemu_ioasid.patchwise import Row
 from qemu_ioasid.session import Output
 from qemu_ioasid.terminal import Terminal
 
@@ -51,19 +53,23 @@ def add(
 
 
 def _run(arguments: argparse.Namespace, spec: Spec, terminal: Terminal, output: Output) -> int:
-    names = arguments.scenario or ["isolation"]
+    names = list(dict.fromkeys(arguments.scenario or ["isolation"]))
     for name in names:
         tried.find(name)
     folder = session.report_folder(arguments.report, "check-series")
     series = patchwise.Series(spec, names, folder, output)
-    rows = series.run(arguments.keep_going)
-    document = {
-        "schema": 1,
-        "patches": [{**asdict(row), "held": row.held} for row in rows],
-        "not_reached": [patch.name for patch in series.patches[len(rows) :]],
-    }
-    (folder / "series.json").write_text(json.dumps(document, indent=2) + "\n")
-    (folder / "junit.xml").write_bytes(patchwise.junit(rows))
+    rows: list[Row] = []
+    with explained(folder, "make room, or take another folder with --report"):
+        try:
+            for row in series.run(arguments.keep_going):
+                rows.append(row)
+        finally:
+            document = _document(rows, series.patches)
+            (folder / "series.json").write_text(json.dumps(document, indent=2) + "\n")
+            (folder / "junit.xml").write_bytes(patchwise.junit(rows))
+    code, never = patchwise.judged(rows, names)
+    for line in never:
+        terminal.say(line)
     if arguments.json:
         print(json.dumps(document, indent=2))
     else:
@@ -71,5 +77,12 @@ def _run(arguments: argparse.Namespace, spec: Spec, terminal: Terminal, output: 
         left = f", {len(series.patches) - len(rows)} not reached" if document["not_reached"] else ""
         terminal.say(f"{held} of {len(rows)} patches hold{left}")
         terminal.say(f"reports: {os.path.relpath(folder)}")
-    unknown = any(step.verdict == "error" for row in rows for step in row.steps)
-    return 4 if unknown else int(not all(row.held for row in rows))
+    return code
+
+
+def _document(rows: list[Row], patches: list[Path]) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "patches": [{**asdict(row), "held": row.held} for row in rows],
+        "not_reached": [patch.name for patch in patches[len(rows) :]],
+    }

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.deadline import Deadline, calibration
-from qemu_ioasid.errors import CallFailed, ConfigurationError, RequirementError
+from qemu_ioasid.errors import CallFailed, ConfigurationError, KernelLacks
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Rig
 from qemu_ioasid.scenarios.checks import Broken, Checks, Trial
@@ -71,10 +71,10 @@ def rows(config: RigConfig) -> list[Row]:
 
 
 def run(rig: Rig, report: Report, rows: Sequence[Row]) -> None:
-    """Sweep the operations of *rows*; RequirementError on a kernel without fault injection."""
+    """Sweep the operations of *rows*; KernelLacks on a kernel without fault injection."""
     kernel = rig.host.hello["kernel"]
     if not kernel.get("fail_nth"):
-        raise RequirementError(
+        raise KernelLacks(
             f"scenario faults: kernel {rig.host.hello['release']} has no fault injection "
             "(CONFIG_FAILSLAB and others): run it with --profile debug"
         )

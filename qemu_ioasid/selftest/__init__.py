@@ -99,7 +99,12 @@ class Tests:
         self._broke: KernelBroke | None = None
 
     def choose(self, programs: Programs) -> None:
-        """Raises ConfigurationError for a program that there is not."""
+        """Raises ConfigurationError for a program that there is not, or a target that has none."""
+        for target, names in programs.tests.items():
+            if not names:
+                raise ConfigurationError(
+                    f"selftest {target}: this kernel has no test of it for this architecture"
+                )
         there = {name for names in programs.tests.values() for name in names}
         for name in self._only:
             if name not in there:
