@@ -4,25 +4,28 @@
 That borrows the user's objects and checks nothing out; each step builds the
 commit that is asked for as ``--kernel tree:PATH@COMMIT`` is built, and tries it
 by ``qemu-ioasid run``. What every commit has answered is kept, so that a bisect
-that was interrupted goes on where it ended.
+that was interrupted goes on where it ended, while what is laid over them is the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import re
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from qemu_ioasid import cache, git, process, runs
+from qemu_ioasid import cache, git, kernel, process, runs
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, InfrastructureError, ProcessFailed
+from qemu_ioasid.kernel import Spec, series
 from qemu_ioasid.kernel.gittree import GitTree
 from qemu_ioasid.runs import Found
 from qemu_ioasid.session import Output
@@ -30,10 +33,13 @@ from qemu_ioasid.session import Output
 #: A bisect ends by itself; this is for git alone, in seconds of the reference machine.
 _GIT_SECONDS = 600.0
 _WHOLE_SECONDS = 7 * 24 * 3600.0
-#: What `git bisect run` takes exit codes for: 125 cannot be tested, from 128 on it stops.
-GOOD, BAD, SKIP, STOP = 0, 1, 125, 128
+#: What a step ends with. For *bad* none that an interpreter which dies may end with: 1, 2, 120 and
+#: from 126 on; `git bisect run` would blame the commit for the first three.
+GOOD, BAD, SKIP, STOP = 0, 77, 125, 128
+#: The same in codes as git has them: 1 is bad, 125 cannot be tested, at 128 it stops.
+_TAKEN = f"case $? in {GOOD}) exit 0;; {BAD}) exit 1;; {SKIP}) exit 125;; *) exit 128;; esac"
+_POSSIBLE = re.compile(r"^# possible first bad commit: \[([0-9a-f]+)\]", re.MULTILINE)
 _STATE = "bisect.json"
-_HEX = set("0123456789abcdef")
 #: What git runs for each commit; the state's folder comes behind it.
 STEP = (sys.executable, "-m", "qemu_ioasid.cli", "bisect-step")
 #: How a step tells its bisect what to show.
@@ -65,7 +71,10 @@ class State:
     repository: Path
     good: str
     bad: str
-    words: list[str]
+    #: What ``qemu-ioasid`` is told at each stage besides the commit.
+    stages: dict[str, list[str]]
+    #: What `inputs` gave when it began.
+    inputs: str
     answers: list[Answer] = field(default_factory=list)
 
     @property
@@ -92,36 +101,91 @@ def _git(where: Path, *words: str) -> str:
     return git.run(where, *words, deadline=Deadline(_GIT_SECONDS, "git")).strip()
 
 
-def begin(tree: Path, good: str, bad: str, words: Sequence[str]) -> tuple[State, bool]:
-    """A bisect of *tree*, and whether it goes on with one that was interrupted.
+def inputs(spec: Spec, repository: Path) -> str:
+    """A key of the content of all that is laid over a commit of *repository*.
 
-    *words* are what ``qemu-ioasid run`` is told besides the kernel. Raises ConfigurationError for
-    what is no kernel's repository, no commit of it, or a *good* that is no ancestor of *bad*.
+    Raises ConfigurationError for what is no series.
     """
-    found = [GitTree(tree, name, Deadline(_GIT_SECONDS, "git")) for name in (good, bad)]
-    repository, ends = found[0].repository, [each.commit for each in found]
-    key = cache.digest(str(repository), *ends, *words)
+    if spec.series:
+        patches = series.patches(spec.series, Deadline(_GIT_SECONDS, "series"), repository)
+    else:
+        # Which of ours a commit takes is a matter of its version.
+        ours = sorted(kernel.PATCHES.glob("*/series"))
+        patches = [patch for each in ours for patch in series.listed(each.parent)]
+    files = [*patches, *sorted(spec.fragments.glob("*.config")), *spec.config]
+    files += [spec.mutant] if spec.mutant else []
+    return cache.digest(*(file.read_bytes() for file in files))
+
+
+@contextlib.contextmanager
+def begin(
+    tree: Path,
+    ends: tuple[str, str],
+    spec: Spec,
+    words: Sequence[str],
+    say: Callable[[str], None],
+    *,
+    anew: bool = False,
+) -> Iterator[State]:
+    """A bisect of *tree* from the good one of *ends* to the bad one; nobody else drives it.
+
+    Kernels are as *spec* has them but for the source, *words* are what ``qemu-ioasid`` is told to
+    try them. One that was interrupted goes on, which *say* is told; not *anew*, nor where `inputs`
+    have changed. Raises ConfigurationError for what is no kernel's repository, no commit of it, a
+    good end that is no ancestor of the bad one, or a bisect that another process drives.
+    """
+    found = [GitTree(tree, name, Deadline(_GIT_SECONDS, "git")) for name in ends]
+    repository, commits = found[0].repository, [each.commit for each in found]
+    # What does not come up by itself, or breaks then, is found without guests.
+    stages = {"bare": [*runs.BARE, *spec.words], "whole": list(words)}
+    key = cache.digest(str(repository), *commits, json.dumps(stages))
     folder = cache.entry("bisect", key)
-    if (folder / _STATE).is_file() and (folder / "git/BISECT_START").is_file():
-        return load(folder), True
-    shutil.rmtree(folder, ignore_errors=True)
-    state = State(folder, repository, ends[0], ends[1], list(words))
-    folder.mkdir(parents=True)
-    _git(folder, "clone", "-q", "--bare", "--shared", str(repository), str(state.git))
+
+    def refuse() -> None:
+        raise ConfigurationError("this very bisect is under way in another process")
+
+    lock = folder.parent / f".{key}.lock"
+    with cache.locked(lock, Deadline(_GIT_SECONDS, "bisect"), refuse):
+        state = State(folder, repository, commits[0], commits[1], stages, inputs(spec, repository))
+        kept = None if anew else _interrupted(state, say)
+        if kept is None:
+            _start(state, ends)
+        yield kept or state
+
+
+def _interrupted(wanted: State, say: Callable[[str], None]) -> State | None:
+    """The bisect in the folder of the *wanted* one, if that may go on with it."""
+    folder = wanted.folder
+    if not ((folder / _STATE).is_file() and (folder / "git/BISECT_START").is_file()):
+        return None
+    kept = load(folder)
+    if kept.inputs != wanted.inputs:
+        say("the series or the config has changed: the bisect that was interrupted begins anew")
+        return None
+    say(f"going on with the bisect that was interrupted: {len(kept.answers)} known")
+    for answer in kept.answers:
+        say(line(answer))
+    return kept
+
+
+def _start(state: State, ends: tuple[str, str]) -> None:
+    """Begin *state*, with nothing left of one before; *ends* is how the user named them."""
+    reset(state)
+    state.folder.mkdir(parents=True)
+    _git(state.folder, "clone", "-q", "--bare", "--shared", str(state.repository), str(state.git))
     try:
-        _git(state.git, "bisect", "start", "--no-checkout", ends[1], ends[0])
+        _git(state.git, "bisect", "start", "--no-checkout", state.bad, state.good)
     except ProcessFailed as failed:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise ConfigurationError(f"{good} and {bad}: {failed.said}") from None
+        reset(state)
+        raise ConfigurationError(f"{' and '.join(ends)}: {failed.said}") from None
     state.save()
-    return state, False
 
 
 def drive(state: State, output: Output, step: Sequence[str] = STEP) -> tuple[str, list[str]]:
     """Let git ask for one commit after another; the first bad one, or which it may be.
 
-    Raises InfrastructureError naming the commit at which the rig failed, or that is flaky: that
-    one is asked again the next time.
+    Raises InfrastructureError where git or a step failed, or naming the commit at which the rig
+    failed, or that is flaky: that one is asked again the next time.
     """
     state.answers = [each for each in state.answers if each.verdict in CODES]
     state.save()
@@ -132,13 +196,15 @@ def drive(state: State, output: Output, step: Sequence[str] = STEP) -> tuple[str
         elif line.startswith(PROGRESS):
             output.progress(line.removeprefix(PROGRESS))
 
-    said = ""
+    failed: ProcessFailed | None = None
+    whole = f"{shlex.join([*step, str(state.folder)])}; {_TAKEN}"
+    argv = git.command(["-C", str(state.git), "bisect", "run", "sh", "-c", whole])
+    # A step's current folder is not ours.
+    env = {"QEMU_IOASID_CACHE": str(cache.root())}
     try:
-        whole = shlex.join([*step, str(state.folder)])
-        argv = git.command(["-C", str(state.git), "bisect", "run", "sh", "-c", whole])
-        said = process.run(argv, deadline=Deadline(_WHOLE_SECONDS, "bisect"), on_line=told)
-    except ProcessFailed as failed:
-        said = failed.evidence
+        process.run(argv, deadline=Deadline(_WHOLE_SECONDS, "bisect"), env=env, on_line=told)
+    except ProcessFailed as error:
+        failed = error
     state.answers = load(state.folder).answers
     last = state.answers[-1] if state.answers else None
     if last is not None and last.verdict in ("flaky", "unknown"):
@@ -146,12 +212,26 @@ def drive(state: State, output: Output, step: Sequence[str] = STEP) -> tuple[str
             f"{last.commit[:12]} ({last.subject}) is {_STOPPED[last.verdict]}: {last.why}; "
             "the same command goes on from here"
         )
-    if "is the first bad commit" in said:
-        return _git(state.git, "rev-parse", "refs/bisect/bad"), []
-    left = [word for word in said.split() if len(word) == 40 and not set(word) - _HEX]
-    if "skip" not in said or not left:
-        raise InfrastructureError("git bisect run failed", evidence=said)
+    if failed is None:
+        return _blamed(state), []
+    # What git has said may be longer than the end of it that an error has.
+    left = _POSSIBLE.findall(_git(state.git, "bisect", "log"))
+    if not left:
+        raise InfrastructureError("git bisect run failed", evidence=failed.evidence)
     return "", list(dict.fromkeys(left))
+
+
+def _blamed(state: State) -> str:
+    """The first bad commit as git has it; raises InfrastructureError unless that answered so."""
+    first = _git(state.git, "rev-parse", "refs/bisect/bad")
+    # The bad end need not be asked.
+    verdicts = {state.bad: "bad", **{each.commit: each.verdict for each in state.answers}}
+    if verdicts.get(first) != "bad":
+        answered = verdicts.get(first, "nothing")
+        raise InfrastructureError(
+            f"git blames {first[:12]}, which has answered {answered}; --anew begins again"
+        )
+    return first
 
 
 def step(folder: Path, say: Callable[[str], None]) -> int:
@@ -169,17 +249,15 @@ def step(folder: Path, say: Callable[[str], None]) -> int:
 
 def _answer(state: State, commit: str, progress: Callable[[str], None]) -> Answer:
     subject = _git(state.git, "show", "-s", "--format=%s", commit)
-    kernel = ["--kernel", f"tree:{state.repository}@{commit}", "--first"]
+    asked = ["--kernel", f"tree:{state.repository}@{commit}", "--first"]
     started, boots = time.monotonic(), 0
-    # What does not come up by itself, or breaks then, is found without guests.
-    stages = {"bare": runs.BARE, "whole": tuple(state.words)}
     verdict: Verdict = "good"
     why = ""
-    for name, words in stages.items():
+    for name, words in state.stages.items():
         places = [state.folder / f"runs/{commit[:12]}-{name}-{at}" for at in (1, 2)]
         for place in places:
             shutil.rmtree(place, ignore_errors=True)
-        found = runs.run([*words, *kernel], places[0], progress)
+        found = runs.run([*words, *asked], places[0], progress)
         boots += found.verdict != "unbuildable"
         if found.verdict == "held":
             continue
@@ -187,13 +265,16 @@ def _answer(state: State, commit: str, progress: Callable[[str], None]) -> Answe
         if verdict == "bad":
             # Once more, on a fresh VM.
             boots += 1
-            verdict, why = _confirmed(found, runs.run([*words, *kernel], places[1], progress))
+            verdict, why = _confirmed(found, runs.run([*words, *asked], places[1], progress))
         break
     return Answer(commit, subject, verdict, why, boots, round(time.monotonic() - started, 1))
 
 
 def _judged(found: Found) -> Verdict:
-    verdicts: dict[str, Verdict] = {"failed": "bad", "broke": "bad", "unbuildable": "skip"}
+    verdicts: dict[str, Verdict] = {
+        **dict.fromkeys(("failed", "broke"), "bad"),
+        **dict.fromkeys(("unbuildable", "lacking"), "skip"),
+    }
     return verdicts.get(found.verdict, "unknown")
 
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qemu_ioasid import bisect, kernel, session, subcommand, tried
 from qemu_ioasid.bisect import State
 from qemu_ioasid.errors import ConfigurationError
+from qemu_ioasid.kernel import Spec
 from qemu_ioasid.session import Output
 from qemu_ioasid.terminal import Terminal
 
@@ -39,6 +40,9 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="as for qemu-ioasid run"
     )
+    command.add_argument(
+        "--anew", action="store_true", help="forget what commits have answered before"
+    )
     subcommand.add_report(command)
     subcommand.handle(command, _run)
     hidden = commands.add_parser("bisect-step")
@@ -46,11 +50,18 @@ def add(commands: Commands) -> None:
     hidden.set_defaults(handler=_step, json=True)
 
 
-def _words(arguments: argparse.Namespace) -> list[str]:
+def _spec(arguments: argparse.Namespace) -> Spec:
     tried.find(arguments.scenario)
-    if tried.target(arguments.scenario) is not None and (arguments.check or arguments.set):
+    spec = Spec(profile=arguments.profile).naming("", arguments.series)
+    if tried.target(arguments.scenario) is None:
+        return spec
+    if arguments.check or arguments.set:
         raise ConfigurationError(f"{arguments.scenario}: --check and --set are for scenarios")
-    spec = kernel.Spec(profile=arguments.profile).naming("", arguments.series)
+    # As `tried.words` has it: what is booted alone is the very kernel that is tried then.
+    return replace(spec, profile="selftest")
+
+
+def _words(arguments: argparse.Namespace, spec: Spec) -> list[str]:
     words = tried.words(arguments.scenario, spec)
     for name, values in (("--check", arguments.check), ("--set", arguments.set)):
         for value in values:
@@ -59,20 +70,23 @@ def _words(arguments: argparse.Namespace) -> list[str]:
 
 
 def _run(arguments: argparse.Namespace, terminal: Terminal, output: Output) -> int:
-    words = _words(arguments)
-    state, resumed = bisect.begin(arguments.tree, arguments.good, arguments.bad, words)
-    folder = session.report_folder(arguments.report, "bisect")
-    if resumed:
-        terminal.say(f"going on with the bisect that was interrupted: {len(state.answers)} known")
-        for answer in state.answers:
-            terminal.say(bisect.line(answer))
-    terminal.begins("bisect")
-    first, maybe = bisect.drive(state, output)
-    terminal.begins("")
-    document = _document(state, first, maybe)
-    (folder / "bisect.json").write_text(json.dumps(document, indent=2) + "\n")
-    shutil.copytree(state.folder / "runs", folder / "runs")
-    bisect.reset(state)
+    spec = _spec(arguments)
+    words = _words(arguments, spec)
+    ends = (arguments.good, arguments.bad)
+    begun = bisect.begin(arguments.tree, ends, spec, words, terminal.say, anew=arguments.anew)
+    with begun as state:
+        folder = session.report_folder(arguments.report, "bisect")
+        terminal.begins("bisect")
+        first, maybe = bisect.drive(state, output)
+        terminal.begins("")
+        if bisect.inputs(spec, state.repository) != state.inputs:
+            raise ConfigurationError(
+                "the series or the config changed meanwhile: the same command begins anew"
+            )
+        document = _document(state, first, maybe)
+        (folder / "bisect.json").write_text(json.dumps(document, indent=2) + "\n")
+        shutil.copytree(state.folder / "runs", folder / "runs")
+        bisect.reset(state)
     if arguments.json:
         print(json.dumps(document, indent=2))
     else:
