@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,6 +15,7 @@ from qemu_ioasid import image, kernel, process, qemu
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.kernel import Kernel
 from qemu_ioasid.qemu import Qemu
+from tests.starter import Ended, Starter
 
 # A shell's background job has it ignored, and so would every program that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,19 +45,6 @@ def private_qemu() -> Qemu:
     return qemu.probe(found.argv, found.env, Deadline(30, "answers of QEMU"))
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A command that has ended."""
-
-    code: int
-    out: str
-    err: str
-
-    def json(self) -> Any:
-        """Its standard output, which is JSON and nothing else."""
-        return json.loads(self.out)
-
-
 Command = Callable[..., Ended]
 
 
@@ -72,22 +56,21 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "XDG_RUNTIME_DIR": str(runtime)}
 
 
+@pytest.fixture(scope="session")
+def starter() -> Iterator[Starter]:
+    """What `command` runs in."""
+    with contextlib.closing(Starter()) as made:
+        yield made
+
+
 @pytest.fixture
-def command(tmp_path: Path, environment: dict[str, str]) -> Command:
+def command(tmp_path: Path, environment: dict[str, str], starter: Starter) -> Command:
     """Runs ``qemu-ioasid`` with arguments, in the test's folder, and leaves nothing behind."""
 
     def call(*arguments: str, timeout: float = 900, **extra: str) -> Ended:
-        done = subprocess.run(
-            [sys.executable, "-m", "qemu_ioasid.cli", *arguments],
-            cwd=tmp_path,
-            env={**environment, **extra},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        ended = starter.run(arguments, tmp_path, {**environment, **extra}, timeout=timeout)
         base = Path(environment["XDG_RUNTIME_DIR"]) / "qemu_ioasid"
         assert not base.exists(), "a run folder was left behind"
-        return Ended(done.returncode, done.stdout, done.stderr)
+        return ended
 
     return call

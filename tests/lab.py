@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import pty
 import select
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -23,34 +21,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from qemu_ioasid import reaper
-from tests.conftest import Ended
+from tests.starter import Ended, Starter
 
 BARE = '[host]\nmemory = "256M"\n'
-
-
-#: Runs commands each in a fork of its own: to start Python and import all takes longer than most
-#: commands do.
-_STARTER = """
-import json, os, socket, sys
-from qemu_ioasid import cli, deadline
-from qemu_ioasid.lab import command
-deadline.calibration()
-asked = socket.socket(fileno=int(sys.argv[1]))
-while True:
-    words, fds, _, _ = socket.recv_fds(asked, 1 << 20, 3)
-    if not words:
-        break
-    pid = os.fork()
-    if pid == 0:
-        asked.close()
-        for number, fd in enumerate(fds):
-            os.dup2(fd, number)
-            os.close(fd)
-        sys.exit(cli.main(json.loads(words)))
-    for fd in fds:
-        os.close(fd)
-    asked.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-"""
 
 
 class Player:
@@ -71,29 +44,11 @@ class Player:
             "TERM": "xterm",
         }
         self.base = runtime / "qemu_ioasid"
-        self._ask, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._starter = subprocess.Popen(
-                [sys.executable, "-P", "-c", _STARTER, str(theirs.fileno())],
-                cwd=folder,
-                env=self.environment,
-                pass_fds=[theirs.fileno()],
-            )
+        self._starter = Starter(calibrated=True)
 
     def lab(self, *words: str, text: str = "", timeout: float = 300) -> Ended:
         """Run ``qemu-ioasid lab`` with *words*, fed with *text*."""
-        with contextlib.ExitStack() as stack:
-            given, out, err = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
-            given.write(text.encode())
-            for file in (given, out, err):
-                file.seek(0)
-            told = json.dumps(["lab", *words]).encode()
-            socket.send_fds(self._ask, [told], [given.fileno(), out.fileno(), err.fileno()])
-            assert select.select([self._ask], [], [], timeout)[0], f"no end of {words}"
-            code = int(self._ask.recv(100))
-            for file in (out, err):
-                file.seek(0)
-            return Ended(code, *(file.read().decode(errors="replace") for file in (out, err)))
+        return self._starter.run(("lab", *words), self.folder, self.environment, text, timeout)
 
     def ok(self, *words: str, text: str = "") -> str:
         """As `lab`; its output, when all went well."""
@@ -146,8 +101,7 @@ class Player:
 
     def close(self) -> None:
         """No more commands are to come."""
-        self._ask.close()
-        self._starter.wait(10)
+        self._starter.close()
 
 
 @contextlib.contextmanager

@@ -22,8 +22,8 @@ from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.lab import attach, reopen
 from qemu_ioasid.rigpool import Pool
 from qemu_ioasid.session import Options, Output
-from tests.conftest import Ended
 from tests.lab import Player, player
+from tests.starter import Ended
 
 
 @pytest.fixture(scope="module")

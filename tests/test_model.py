@@ -19,7 +19,8 @@ from qemu_ioasid.model.outcomes import ALL
 from qemu_ioasid.model.program import Step
 from qemu_ioasid.model.rules import Answer, Model
 from qemu_ioasid.model.steps import following
-from tests.conftest import Command, Ended
+from tests.conftest import Command
+from tests.starter import Ended
 
 
 def agreed(ended: Ended) -> dict[str, Any]:
