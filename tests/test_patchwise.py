@@ -144,13 +144,16 @@ def test_a_series_that_no_scenario_was_tried_on() -> None:
 
 def test_what_differs(tmp_path: Path) -> None:
     first = found(
-        tmp_path / "a", 0, {"same": "pass", "worse": "pass", "gone": "pass"}, "[ 1.0] up at 0x1f\n"
+        tmp_path / "a",
+        0,
+        {"same": "pass", "worse": "pass", "gone": "pass"},
+        "[ 1.0] up at 0x1f\n~1\n",
     )
     second = found(
         tmp_path / "b",
         1,
         {"same": "pass", "worse": "fail", "new": "pass"},
-        "[ 2.5] up at 0x2e\n[ 3.0] pdma: \x1b[2Jhello\n",
+        "[ 2.5] up at 0x2e\n~08d34a\n[ 3.0] pdma: \x1b[2Jhello\n",
     )
     pair = compare.pair("x", first, second)
     assert pair.same == 1 and not pair.code and not pair.broke

@@ -14,8 +14,8 @@ from qemu_ioasid.runs import Found
 from qemu_ioasid.session import Output
 from qemu_ioasid.text import visible
 
-#: What one kernel's console says anew each time: times, addresses, sizes, rates.
-_NUMBERS = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+(?:\.\d+)?")
+#: What one kernel's console says anew each time: times, addresses, sizes, rates, our own marks.
+_NUMBERS = re.compile(r"~[0-9a-f]+|0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+(?:\.\d+)?")
 #: New lines of a log that are shown, at most; all are in compare.json.
 SHOWN = 10
 #: What is said of a kernel that is worse than any check could tell, by a run's verdict.
