@@ -184,11 +184,19 @@ def qemu_died(name: str, code: int, said: str, evidence: str) -> InfrastructureE
     return InfrastructureError(f"{name}: QEMU ended with {how}: {last[0]}", evidence=evidence)
 
 
-def common_argv(name: str, viommu: str, cpus: int) -> list[str]:
-    """What the QEMUs of both levels are told; chardevs console, qmp, agent and ssh are theirs."""
+def common_argv(name: str, viommu: str, cpus: int, more_ports: int = 0) -> list[str]:
+    """What the QEMUs of both levels are told; chardevs console, qmp, agent and ssh are theirs.
+
+    *more_ports* are the virtserialports that the caller adds.
+    """
+    # Each port that there may be has two queues, and setting one up takes 14 accesses to registers,
+    # each a trap: the usual 31 ports are a twentieth of all that a guest's boot traps for. The
+    # first one is for a console that is none of ours.
+    ports = 1 + 2 + more_ports
     return [
         *("-name", name, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-        *("-smp", str(cpus), "-device", viommu, "-device", "virtio-serial-pci"),
+        *("-smp", str(cpus), "-device", viommu),
+        *("-device", f"virtio-serial-pci,max_ports={ports}"),
         *("-serial", "chardev:console", "-mon", "chardev=qmp,mode=control"),
         *("-device", "virtserialport,chardev=agent,name=agent"),
         *("-device", "virtserialport,chardev=ssh,name=ssh"),
