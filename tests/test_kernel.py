@@ -190,7 +190,7 @@ def test_an_option_that_cannot_be_set_is_named(small: Small) -> None:
 
 def test_a_compiler_error_is_told(small: Small) -> None:
     small.patch("nonsense")
-    with pytest.raises(ProcessFailed, match=r"driver\.c.*error"):
+    with pytest.raises(ProcessFailed, match=r"^make ended with exit code 2: .*driver\.c.*error"):
         small.build()
     small.patch("4")
     assert not small.build().cached

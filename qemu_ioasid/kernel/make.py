@@ -292,4 +292,5 @@ def _explained(failed: ProcessFailed, log: Path) -> ProcessFailed:
     lines = failed.evidence.splitlines()
     said = [line for line in lines if re.search(r"\b(error|undefined reference)\b", line)]
     first = said[0].strip() if said else "no compiler message"
-    return ProcessFailed(failed.argv, failed.returncode, f"{failed.evidence}\n{first} (log: {log})")
+    argv = failed.argv[failed.argv.index("make") :]
+    return ProcessFailed(argv, failed.returncode, f"{failed.evidence}\n{first} (log: {log})")
