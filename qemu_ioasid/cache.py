@@ -173,10 +173,10 @@ def get_or_build(
     others wait (*on_wait*) and find it.
     """
     path = entry(kind, key)
-    if path.is_dir():
+    if _touched(path):
         return path, True
     with locked(path.parent / f".{key}.lock", deadline, on_wait):
-        if path.is_dir():
+        if _touched(path):
             return path, True
         with explained(path), scratch(kind) as folder:
             whole = folder / "entry"
@@ -184,6 +184,16 @@ def get_or_build(
             build(whole)
             whole.rename(path)
     return path, False
+
+
+def _touched(path: Path) -> bool:
+    """Whether there is an entry; `prune` keeps what was used last."""
+    if not path.is_dir():
+        return False
+    # Somebody else's cache may be read only.
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    return True
 
 
 def prune(kind: str, kept: int) -> dict[Path, int]:

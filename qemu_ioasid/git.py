@@ -24,13 +24,15 @@ def command(words: Sequence[str]) -> list[str]:
     """The program and its arguments; raises RequirementError without git."""
     if shutil.which("git") is None:
         raise RequirementError("git is missing: install git")
-    return ["env", *(f"--unset={name}" for name in _LOCAL), "git", *words]
+    return ["git", *words]
+
+
+def environment(env: Mapping[str, str] | None = None) -> dict[str, str | None]:
+    """For `process.run` of a `command`: of repositories it says only what *env* does."""
+    return {**dict.fromkeys(_LOCAL), **(env or {})}
 
 
 def run(where: Path, *words: str, deadline: Deadline, env: Mapping[str, str] | None = None) -> str:
     """What git says at *where*; *env* is meant. Raises ProcessFailed, RequirementError."""
-    told = [f"{name}={value}" for name, value in (env or {}).items()]
     argv = command(["-C", str(where), *words])
-    # Behind what is unset.
-    argv[1 + len(_LOCAL) : 1 + len(_LOCAL)] = told
-    return process.run(argv, deadline=deadline)
+    return process.run(argv, deadline=deadline, env=environment(env))

@@ -117,22 +117,15 @@ def argv(
         *("-m", f"{config.memory >> 20}M"),
         *("-kernel", str(parts.kernel), "-append", f"{COMMAND_LINE} {append}".strip()),
     ]
-    for port in ("console", "qmp", "agent", "ssh"):
-        words += ends.chardev(port)
     guest_ports = [f"{port}.{guest}" for guest in guests for port in ("console", "agent")]
-    words += common_argv(
-        "host", config.viommu.device(parts.qemu.viommu), smp, more_ports=len(guest_ports)
-    )
+    for port in ("console", "qmp", "agent", "ssh", *guest_ports):
+        words += ends.chardev(port)
+    words += common_argv("host", config.viommu.device(parts.qemu.viommu), smp, guest_ports)
     words += disk_argv({serial: str(path) for serial, path in parts.disks.items()})
     for number, device in enumerate(parts.devices):
         port = f"port{number}"
         words += ["-device", f"pcie-root-port,id={port},chassis=1,slot={number + 1}"]
         words += ["-device", f"{device},bus={port}"]
-    for port in guest_ports:
-        words += [
-            *ends.chardev(port),
-            *("-device", f"virtserialport,chardev={port},name={port}"),
-        ]
     return words
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -184,23 +184,24 @@ def qemu_died(name: str, code: int, said: str, evidence: str) -> InfrastructureE
     return InfrastructureError(f"{name}: QEMU ended with {how}: {last[0]}", evidence=evidence)
 
 
-def common_argv(name: str, viommu: str, cpus: int, more_ports: int = 0) -> list[str]:
-    """What the QEMUs of both levels are told; chardevs console, qmp, agent and ssh are theirs.
+def common_argv(name: str, viommu: str, cpus: int, more_ports: Sequence[str] = ()) -> list[str]:
+    """What the QEMUs of both levels are told, whose chardevs are the caller's.
 
-    *more_ports* are the virtserialports that the caller adds.
+    These are console, qmp and one for each port, by its name: agent, ssh, and *more_ports*.
     """
+    ports = ("agent", "ssh", *more_ports)
     # Each port that there may be has two queues, and setting one up takes 14 accesses to registers,
     # each a trap: the usual 31 ports are a twentieth of all that a guest's boot traps for. The
     # first one is for a console that is none of ours.
-    ports = 1 + 2 + more_ports
-    return [
+    argv = [
         *("-name", name, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-smp", str(cpus), "-device", viommu),
-        *("-device", f"virtio-serial-pci,max_ports={ports}"),
+        *("-device", f"virtio-serial-pci,max_ports={1 + len(ports)}"),
         *("-serial", "chardev:console", "-mon", "chardev=qmp,mode=control"),
-        *("-device", "virtserialport,chardev=agent,name=agent"),
-        *("-device", "virtserialport,chardev=ssh,name=ssh"),
     ]
+    for port in ports:
+        argv += ["-device", f"virtserialport,chardev={port},name={port}"]
+    return argv
 
 
 def disk_argv(disks: dict[str, str]) -> list[str]:

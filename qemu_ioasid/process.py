@@ -208,16 +208,17 @@ def spawn(
     stdout: int | IO[bytes] = subprocess.DEVNULL,
     stderr: int | IO[bytes] = subprocess.DEVNULL,
     pass_fds: Sequence[int] = (),
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | None] | None = None,
     cwd: Path | None = None,
     grace: float = 0.0,
 ) -> Iterator[Child]:
     """Start *argv*; it and its group are ended when the block is left.
 
-    *env* is added to our environment. Raises RequirementError when the program
-    does not exist or may not be run.
+    *env* is added to our environment, what is None in it taken away. Raises RequirementError
+    when the program does not exist or may not be run.
     """
-    full = {**os.environ, **(env or {}), reaper.TOKEN: current_run().token}
+    wanted = {**os.environ, **(env or {}), reaper.TOKEN: current_run().token}
+    full = {name: value for name, value in wanted.items() if value is not None}
     try:
         popen = subprocess.Popen(
             argv,
@@ -262,7 +263,7 @@ def run(
     argv: Sequence[str],
     *,
     deadline: Deadline,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | None] | None = None,
     cwd: Path | None = None,
     input: bytes | None = None,
     on_line: Callable[[str], None] | None = None,

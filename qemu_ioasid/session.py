@@ -271,6 +271,11 @@ def project_hash() -> str:
     )
 
 
+def written(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Turns what a full disk answers to a report in *folder* into a RequirementError."""
+    return explained(folder, "make room, or take another folder with --report")
+
+
 def report_folder(wanted: Path | None, scenario: str) -> Path:
     """Make the report's folder; raises ConfigurationError when *wanted* holds something already."""
     if wanted is None:
@@ -399,5 +404,5 @@ def told(report: Report) -> Iterator[None]:
     except Exception as error:
         report.fail(4, f"bug in the rig: {error!r}", traceback.format_exc())
     finally:
-        with explained(report.folder, "make room, or take another folder with --report"):
+        with written(report.folder):
             report.write()

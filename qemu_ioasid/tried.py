@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from qemu_ioasid import scenarios
+from qemu_ioasid import runs, scenarios
 from qemu_ioasid.kernel import Spec
 from qemu_ioasid.selftest import targets
 
@@ -29,9 +30,26 @@ def find(name: str) -> None:
         targets.find([named], [])
 
 
+def chosen(names: Sequence[str]) -> list[str]:
+    """Each of *names* once, in order; raises as `find`."""
+    once = list(dict.fromkeys(names))
+    for name in once:
+        find(name)
+    return once
+
+
+def kernel(name: str, spec: Spec) -> Spec:
+    """Which kernel is tried with *name*: the kernel's own tests have their profile."""
+    return spec if target(name) is None else replace(spec, profile="selftest")
+
+
 def words(name: str, spec: Spec) -> list[str]:
-    """What ``qemu-ioasid`` is told, for `runs.run`. The kernel's own tests have their profile."""
+    """What ``qemu-ioasid`` is told, for `runs.run`, to try `kernel`."""
     named = target(name)
-    if named is None:
-        return ["run", name, "--cold", *spec.words]
-    return ["selftest", named, *replace(spec, profile="selftest").words]
+    tries = ["run", name, "--cold"] if named is None else ["selftest", named]
+    return [*tries, *kernel(name, spec).words]
+
+
+def bare(spec: Spec) -> list[str]:
+    """The same, to boot a host VM alone, as any kernel can."""
+    return [*runs.BARE, *spec.words]

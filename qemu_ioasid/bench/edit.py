@@ -89,9 +89,7 @@ def _first_lines(spec: kernel.Spec, names: Sequence[str], output: Output) -> dic
     _, patches, kept = kernel.resolved(spec, deadline=deadline, progress=output.progress)
     touched = {name for patch in patches for name in tree.names(patch)}
     with cache.scratch("edit") as scratch:
-        kept.lay_out({*names, *touched}, scratch)
-        for patch in patches:
-            tree.lay_over(patch, scratch, deadline)
+        kept.patched({*names, *touched}, patches, scratch, deadline)
         for name in names:
             if not name.endswith(".c") or not (scratch / name).is_file():
                 raise ConfigurationError(f"--edit {name}: no C file of the kernel under test")

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from qemu_ioasid import cache, git, kernel, process, runs
+from qemu_ioasid import cache, git, kernel, process, runs, tried
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, InfrastructureError, ProcessFailed
 from qemu_ioasid.kernel import Spec, series
@@ -137,7 +137,7 @@ def begin(
     found = [GitTree(tree, name, Deadline(_GIT_SECONDS, "git")) for name in ends]
     repository, commits = found[0].repository, [each.commit for each in found]
     # What does not come up by itself, or breaks then, is found without guests.
-    stages = {"bare": [*runs.BARE, *spec.words], "whole": list(words)}
+    stages = {"bare": tried.bare(spec), "whole": list(words)}
     key = cache.digest(str(repository), *commits, json.dumps(stages))
     folder = cache.entry("bisect", key)
 
@@ -200,7 +200,7 @@ def drive(state: State, output: Output, step: Sequence[str] = STEP) -> tuple[str
     whole = f"{shlex.join([*step, str(state.folder)])}; {_TAKEN}"
     argv = git.command(["-C", str(state.git), "bisect", "run", "sh", "-c", whole])
     # A step's current folder is not ours.
-    env = {"QEMU_IOASID_CACHE": str(cache.root())}
+    env = git.environment({"QEMU_IOASID_CACHE": str(cache.root())})
     try:
         process.run(argv, deadline=Deadline(_WHOLE_SECONDS, "bisect"), env=env, on_line=told)
     except ProcessFailed as error:

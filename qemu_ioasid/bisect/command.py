@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,13 +52,11 @@ def add(commands: Commands) -> None:
 
 def _spec(arguments: argparse.Namespace) -> Spec:
     tried.find(arguments.scenario)
-    spec = Spec(profile=arguments.profile).naming("", arguments.series)
-    if tried.target(arguments.scenario) is None:
-        return spec
-    if arguments.check or arguments.set:
+    if tried.target(arguments.scenario) is not None and (arguments.check or arguments.set):
         raise ConfigurationError(f"{arguments.scenario}: --check and --set are for scenarios")
-    # As `tried.words` has it: what is booted alone is the very kernel that is tried then.
-    return replace(spec, profile="selftest")
+    # What is booted alone is the very kernel that is tried then.
+    spec = Spec(profile=arguments.profile).naming("", arguments.series)
+    return tried.kernel(arguments.scenario, spec)
 
 
 def _words(arguments: argparse.Namespace, spec: Spec) -> list[str]:

@@ -71,7 +71,7 @@ def run(
         for letter, spec in zip("ab", kernels, strict=True):
             output.begins(f"{name} on {letter.upper()}")
             # Boot, on a rig that any kernel can have.
-            words = [*runs.BARE, *spec.words] if name == "boot" else tried.words(name, spec)
+            words = tried.bare(spec) if name == "boot" else tried.words(name, spec)
             found.append(runs.run(words, folder / letter / name, output.progress))
             output.begins("")
         made = pair(name, found[0], found[1])

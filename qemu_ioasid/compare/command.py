@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qemu_ioasid import compare, kernel, session, subcommand, tried
-from qemu_ioasid.cache import explained
 from qemu_ioasid.compare import Pair
 from qemu_ioasid.kernel import Spec
 from qemu_ioasid.session import Output
@@ -47,15 +46,13 @@ def add(commands: Commands) -> None:
 
 
 def _run(arguments: argparse.Namespace, terminal: Terminal, output: Output) -> int:
-    names = list(dict.fromkeys(arguments.scenario or SCENARIOS))
-    for name in names:
-        tried.find(name)
+    names = tried.chosen(arguments.scenario or SCENARIOS)
     spec = Spec(profile=arguments.profile)
     first = spec.naming(arguments.a, arguments.series_a)
     second = spec.naming(arguments.b, arguments.series_b)
     folder = session.report_folder(arguments.report, "compare")
     pairs: list[Pair] = []
-    with explained(folder, "make room, or take another folder with --report"):
+    with session.written(folder):
         try:
             for pair in compare.run((first, second), names, folder, output):
                 pairs.append(pair)

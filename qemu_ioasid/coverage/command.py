@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qemu_ioasid import coverage, session, subcommand
-from qemu_ioasid.cache import explained
 from qemu_ioasid.coverage import page, reasons
 from qemu_ioasid.session import Output
 from qemu_ioasid.terminal import Terminal
@@ -42,7 +41,7 @@ def _run(arguments: argparse.Namespace, terminal: Terminal, output: Output) -> i
     judgement = coverage.judge(found, runs, known)
     folder = session.report_folder(arguments.report, "coverage")
     path = folder / "coverage.html"
-    with explained(folder, "make room, or take another folder with --report"):
+    with session.written(folder):
         path.write_text(page.render(judgement), encoding="utf-8")
     if arguments.json:
         print(json.dumps({**judgement.document(), "report": str(path)}, indent=2))

@@ -293,9 +293,7 @@ def _ready(word: str, spec: Spec, deadline: Deadline) -> Kernel:
         (folder / "provenance.json").write_text(json.dumps(told, indent=1) + "\n")
 
     key = cache.digest(_VERSION, "image", found.content)
-    path, was_there = cache.get_or_build("kernel", key, keep, deadline=deadline)
-    os.utime(path)
-    return _load(path, was_there)
+    return _load(*cache.get_or_build("kernel", key, keep, deadline=deadline))
 
 
 def cached() -> list[Kernel]:
@@ -362,8 +360,6 @@ class _Recipe:
             deadline=deadline,
             on_wait=lambda: progress("waiting for another build of the same kernel"),
         )
-        # What is used last is kept longest.
-        os.utime(path)
         if self.kind == _MUTANT:
             cache.prune(_MUTANT, MUTANTS_KEPT)
         return _load(path, was_there)
@@ -381,7 +377,6 @@ class _Recipe:
                 selftest.keep(programs, mended, folder, deadline)
 
         folder, _ = cache.get_or_build(selftest.KIND, key, compile_them, deadline=deadline)
-        os.utime(folder)
         cache.prune(selftest.KIND, selftest.KEPT)
         return selftest.load(folder)
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from qemu_ioasid import process, reaper
+from qemu_ioasid import process
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import ConfigurationError, ProcessFailed, RequirementError
 from qemu_ioasid.kernel import options
@@ -39,7 +39,7 @@ _FIXED = {
     "CCACHE_DEPEND": "1",
 }
 # What make gets of the environment; whatever else stands there may steer it: KCFLAGS, ARCH, W.
-_KEPT = ("PATH", "HOME", "TMPDIR", reaper.TOKEN)
+_KEPT = ("PATH", "HOME", "TMPDIR")
 _KEPT_PREFIXES = ("CCACHE_", "XDG_")
 _MADE = re.compile(r"^  [A-Z]\w*(?: \[M\])? +(\S+)$")
 _WARNING = re.compile(r"^(\S+?)(?::\d+)*: (warning: .*)$")
@@ -74,15 +74,14 @@ def _make_in(
     log: Path | None = None,
 ) -> str:
     """What make says in *folder*; nothing in the user's environment steers it."""
-    unset = [
-        f"--unset={name}"
-        for name in os.environ
-        if name not in _KEPT and not name.startswith(_KEPT_PREFIXES)
+    foreign = [
+        name for name in os.environ if name not in _KEPT and not name.startswith(_KEPT_PREFIXES)
     ]
+    env: dict[str, str | None] = {**dict.fromkeys(foreign), **_FIXED}
     # A rustc that PATH or HOME has in one shell and not in the next changes the config.
     steady = ["--no-print-directory", "RUSTC=false"]
-    argv = ["env", *unset, "make", "-C", str(folder), *steady, *words]
-    return process.run(argv, env=_FIXED, deadline=deadline, on_line=on_line, log=log)
+    argv = ["make", "-C", str(folder), *steady, *words]
+    return process.run(argv, env=env, deadline=deadline, on_line=on_line, log=log)
 
 
 class Build:
@@ -292,5 +291,4 @@ def _explained(failed: ProcessFailed, log: Path) -> ProcessFailed:
     lines = failed.evidence.splitlines()
     said = [line for line in lines if re.search(r"\b(error|undefined reference)\b", line)]
     first = said[0].strip() if said else "no compiler message"
-    argv = failed.argv[failed.argv.index("make") :]
-    return ProcessFailed(argv, failed.returncode, f"{failed.evidence}\n{first} (log: {log})")
+    return ProcessFailed(failed.argv, failed.returncode, f"{failed.evidence}\n{first} (log: {log})")

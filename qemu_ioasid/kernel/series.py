@@ -29,10 +29,9 @@ def anchored(word: str, folder: Path) -> str:
     if word and word != NONE and path.exists():
         return str(path)
     found = _RANGE.fullmatch(word)
-    if found is None:
+    if found is None or not found["where"]:
         return word
-    where = folder.absolute() / os.path.expanduser(found["where"] or "")
-    return f"{where}:{found['range']}" if found["where"] else word
+    return f"{folder.absolute() / os.path.expanduser(found['where'])}:{found['range']}"
 
 
 def base(word: str, deadline: Deadline) -> str | None:
@@ -153,7 +152,13 @@ def _decoded(folder: Path, box: Path, deadline: Deadline) -> Iterator[Path]:
         message, patch = folder / "message", folder / "patch"
         argv = git.command(["mailinfo", str(message), str(patch)])
         try:
-            told = process.run(argv, deadline=deadline, cwd=folder, input=mail.read_bytes())
+            told = process.run(
+                argv,
+                deadline=deadline,
+                env=git.environment(),
+                cwd=folder,
+                input=mail.read_bytes(),
+            )
         except ProcessFailed as failed:
             raise ConfigurationError(f"series {box}: mail {mail.name}: {failed.said}") from None
         # A cover letter has none.

@@ -78,9 +78,7 @@ class Tree:
         touched = self._touched()
         named = sorted({name for patch in patches for name in names(patch)})
         with cache.scratch("kernel-tree") as scratch:
-            self.lay_out(named, scratch)
-            for patch in patches:
-                lay_over(patch, scratch, deadline)
+            self.patched(named, patches, scratch, deadline)
             self._keep_originals(named, touched)
             for name in touched:
                 _put(self._wanted(name, named, touched, scratch), self.src / name)
@@ -103,6 +101,17 @@ class Tree:
         for name in named:
             if touched.get(name, True):
                 _copy(self._pristine(name, touched), folder / name)
+
+    def patched(
+        self, named: Iterable[str], patches: Sequence[Path], folder: Path, deadline: Deadline
+    ) -> None:
+        """As `lay_out`, with *patches* over them, all of whose files are *named*.
+
+        Raises PatchRefused.
+        """
+        self.lay_out(named, folder)
+        for patch in patches:
+            lay_over(patch, folder, deadline)
 
     def _touched(self) -> dict[str, bool]:
         """Each file any series touched so far, and whether the package has it."""

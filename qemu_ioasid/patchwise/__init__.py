@@ -123,7 +123,7 @@ class Series:
         self._output.begins("")
 
     def _boot(self, number: int, spec: Spec, row: Row) -> None:
-        up = self._scenario(number, _BOOTS, [*runs.BARE, *spec.words])
+        up = self._scenario(number, _BOOTS, tried.bare(spec))
         row.steps.append(up)
         for name in self._scenarios:
             if up.verdict == "pass":

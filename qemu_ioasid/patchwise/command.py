@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qemu_ioasid import patchwise, session, subcommand, tried
-from qemu_ioasid.cache import explained
 from qemu_ioasid.kernel import Spec
 from qemu_ioasid.patchwise import Row
 from qemu_ioasid.session import Output
@@ -53,13 +52,11 @@ def add(
 
 
 def _run(arguments: argparse.Namespace, spec: Spec, terminal: Terminal, output: Output) -> int:
-    names = list(dict.fromkeys(arguments.scenario or ["isolation"]))
-    for name in names:
-        tried.find(name)
+    names = tried.chosen(arguments.scenario or ["isolation"])
     folder = session.report_folder(arguments.report, "check-series")
     series = patchwise.Series(spec, names, folder, output)
     rows: list[Row] = []
-    with explained(folder, "make room, or take another folder with --report"):
+    with session.written(folder):
         try:
             for row in series.run(arguments.keep_going):
                 rows.append(row)
