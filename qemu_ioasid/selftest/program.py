@@ -30,6 +30,14 @@ GONE_SECONDS = 10.0
 #: What a program's exit code means (kselftest.h).
 SKIPPED, UNFIT = 4, (126, 127)
 
+#: Whoever passes on what the program says goes before it, so that its last words are out when the
+#: kernel dies of what it does next: which test that was is told by nothing else.
+_HEARD = """
+python3 -IS -c 'import os, sys
+policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
+for pid in sys.argv[1:]:
+    os.sched_setscheduler(int(pid), policy, os.sched_param(1))' $(pidof dropbear socat)
+"""
 #: The tasks that sleep in the kernel, and where the program's own are.
 _BLOCKED = """
 for pid in $(pidof {name}); do
@@ -88,7 +96,7 @@ class Program:
         Raises Gone when the VM did not survive it, after having entered what that is due to.
         """
         words = shlex.join([f"./{self._name}", *arguments])
-        script = f"cd {FOLDER}/{self._target} && {words} 2>&1; exit $?"
+        script = f"{_HEARD}cd {FOLDER}/{self._target} && {words} 2>&1; exit $?"
         try:
             channel = self._host.ssh.run(script, Deadline(30, f"start of {self._name}"))
             try:
