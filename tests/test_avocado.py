@@ -35,9 +35,14 @@ DOCUMENTED = [
     for line in block.splitlines()
 ]
 BIN = Path(sys.executable).parent
-#: The matrix, with a parameter that costs nothing for the kernel that takes minutes to build.
-MATRIX = re.sub(
-    "^profile.*$", "accel [ auto, tcg ]", (EXAMPLES / "matrix.cit").read_text(), flags=re.M
+#: The matrix without the kernel that takes minutes to build, and with the same four variants each
+#: time (one may come twice): which of eight it chose, and so which rigs are restored, was chance.
+MATRIX = (
+    re.sub("^profile.*\n", "", (EXAMPLES / "matrix.cit").read_text(), flags=re.M)
+    + """
+host.viommu.fsts != true || guest.*.viommu.pasid-bits != 0
+host.viommu.fsts != false || guest.*.viommu.pasid-bits != 20
+"""
 )
 
 
@@ -305,7 +310,7 @@ def test_every_two_values_of_the_shipped_matrix_meet(avocado: Avocado) -> None:
 
 
 def matrix_of(command: list[str], folder: Path) -> list[str]:
-    """*command* with the matrix that leaves the debug kernel out."""
+    """*command* with `MATRIX`."""
     (folder / "matrix.cit").write_text(MATRIX)
     return [
         str(folder / "matrix.cit") if word == "examples/matrix.cit" else word for word in command
@@ -316,18 +321,15 @@ def test_a_variant_changes_what_runs(avocado: Avocado, tmp_path: Path) -> None:
     command = matrix_of(documented("run", "--cit-parameter-file"), tmp_path)
     job = avocado(*command)
     assert job.code == 0, job.out
-    assert 4 < len(job.tests) < 16
+    assert len(job.tests) == 4
     for name in job.tests:
-        accelerator, qemu, fsts, bits = name.partition(";")[2].split("-")
+        qemu, fsts, bits = name.partition(";")[2].split("-")
         host, *guests = job.report(name)["vms"]
         old, on = qemu == "10.0", "on" if fsts == "true" else "off"
         version = job.report(name)["versions"]["qemu"]["host"]
         assert version.startswith("10.0." if old else "11.")
         assert f",{'x-flts' if old else 'fsts'}={on}" in host["viommu"]
         assert all(f",pasid-bits={bits}," in guest["viommu"] for guest in guests)
-        assert job.report(name)["accelerator"] in (
-            ["tcg"] if accelerator == "tcg" else ["tcg", "kvm"]
-        )
 
 
 def test_a_matrix_without_variants_is_an_error(avocado: Avocado, tmp_path: Path) -> None:
@@ -381,8 +383,8 @@ def test_one_of_two_hosts_dies(
     words = [str(results) if word == "results" else word for word in matrix_of(command, tmp_path)]
     home["PATH"] += ":/usr/sbin:/sbin"
     job = running(*words)
-    job.wait_for("(1/5) ", 300)
-    job.wait_for("(2/5) ", 300)
+    job.wait_for("(1/", 300)
+    job.wait_for("(2/", 300)
     inside = Path(f"/proc/{job.popen.pid}/root/run/two-hosts")
     second = int((inside / "h2.pid").read_text())
     # In the middle of a check: between two of them nothing is lost with the host.
@@ -396,11 +398,12 @@ def test_one_of_two_hosts_dies(
     job.output += job.popen.communicate(timeout=600)[0]
     ended = Job(job.popen.returncode, job.output, results / "latest")
     assert ended.code == 1, ended.out
-    status = {name: test["status"] for name, test in ended.tests.items()}
-    assert sorted(status.values()) == ["ERROR", *4 * ["PASS"]], ended.out
-    for name, test in ended.tests.items():
-        if test["status"] == "PASS":
+    tests = json.loads((ended.folder / "results.json").read_text())["tests"]
+    (lost,) = [test for test in tests if test["status"] != "PASS"]
+    assert (lost["status"], lost["fail_reason"]) == ("ERROR", "on 10.77.0.12: the host was lost")
+    assert len(tests) >= 4
+    for test in tests:
+        if test is not lost:
             # It came over the network: h1 does not see the folder.
-            assert ended.report(name)["checks"][0]["verdict"] == "pass"
-        else:
-            assert test["fail_reason"] == "on 10.77.0.12: the host was lost"
+            report = json.loads((Path(test["logdir"]) / "report/report.json").read_text())
+            assert report["checks"][0]["verdict"] == "pass"
