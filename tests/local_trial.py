@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -78,6 +79,20 @@ def of_runs() -> list[int]:
     ]
 
 
+def until_gone() -> None:
+    """Wait for the end of all that belongs to a run; looking again and again would delay it."""
+    while pids := of_runs():
+        for pid in pids:
+            try:
+                fd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            ended, _, _ = select.select([fd], [], [], SECONDS)
+            os.close(fd)
+            if not ended:
+                sys.exit(f"process {pid} has not ended within {SECONDS} s: {read(OUTPUT)}")
+
+
 def break_off(
     child: subprocess.Popen[bytes], when: str, whom: str, number: int
 ) -> dict[str, Any] | None:
@@ -109,7 +124,7 @@ def main(when: str, whom: str, number: str, *command: str) -> None:
         broken = break_off(child, when, whom, int(number))
         code = child.wait()
         # A command that was killed has a keeper at work.
-        until(lambda: not of_runs(), "end of all that belongs to the run")
+        until_gone()
         output.seek(0)
         said = output.read().decode()
     os.unlink(OUTPUT)
