@@ -10,7 +10,7 @@ from typing import Any
 from avocado.core.nrunner.runnable import Runnable
 from avocado.core.plugin_interfaces import PreTest
 
-from qemu_ioasid.avocado import settings
+from qemu_ioasid.avocado import options
 from qemu_ioasid.errors import ConfigurationError
 
 #: Avocado remembers by name, across jobs, what is fulfilled, and waits for ever for what a job
@@ -38,12 +38,12 @@ class Builds(PreTest):
         if test_runnable.kind != "ioasid" or spawner != "process":
             return []
         try:
-            options = settings.options(test_runnable)
+            wanted = options.asked(test_runnable)
         except ConfigurationError:
             return []
-        spec = options.kernel
+        spec = wanted.kernel
         kernel = "-".join(filter(None, [spec.source, spec.series, spec.profile]))
-        names = {"ioasid-kernel": kernel, "ioasid-image": options.qemu}
+        names = {"ioasid-kernel": kernel, "ioasid-image": wanted.qemu}
         return [
             Runnable(
                 kind,

@@ -25,7 +25,7 @@ from avocado.core.nrunner.runner import BaseRunner
 from avocado.core.utils import messages
 
 from qemu_ioasid import image, kernel, process, session, text
-from qemu_ioasid.avocado import settings
+from qemu_ioasid.avocado import options, settings
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import RigError
 from qemu_ioasid.report import Check, Report
@@ -100,9 +100,9 @@ class CheckRunner(Runner):
 
     def work(self, runnable: Runnable, told: Told) -> None:
         """As ``qemu-ioasid run --check``; the report goes to the test's folder."""
-        options = settings.options(runnable)
+        wanted = options.asked(runnable)
         with _report_folder(runnable, told) as folder:
-            report = session.run(replace(options, report=folder), Output(told.lines.append, _quiet))
+            report = session.run(replace(wanted, report=folder), Output(told.lines.append, _quiet))
             told.code = report.exit_code
             told.lines += _lines(report)
             told.reason = _reason(report)
@@ -117,7 +117,7 @@ class KernelRunner(Runner):
 
     def work(self, runnable: Runnable, told: Told) -> None:
         """The kernel under test, and the guests'."""
-        spec = settings.options(runnable).kernel
+        spec = options.asked(runnable).kernel
         deadline = Deadline(BUILD_SECONDS, "kernel")
         for profile in dict.fromkeys((spec.profile, "default")):
             built = kernel.build(
@@ -135,7 +135,7 @@ class ImageRunner(Runner):
 
     def work(self, runnable: Runnable, told: Told) -> None:
         """Host, guest, and the private QEMU where it is another image."""
-        wanted = image.PRIVATE_QEMUS.get(settings.options(runnable).qemu, "host")
+        wanted = image.PRIVATE_QEMUS.get(options.asked(runnable).qemu, "host")
         deadline = Deadline(BUILD_SECONDS, "images")
         for name in dict.fromkeys(("host", "guest", wanted)):
             built = image.build(name, deadline=deadline, progress=told.lines.append)
