@@ -160,26 +160,27 @@ def test_the_shipped_rig_is_the_default_one() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "reason"),
-    [
-        ("x.ioasid", "cheks = []", "cheks: unknown key; known are checks, rig, scenario"),
-        ("x.ioasid", "checks = 'audit'", "checks: must be a list of strings"),
-        ("x.ioasid", "checks = ['nonesuch']", "check nonesuch: unknown; known are stage-host"),
-        ("x.ioasid", "scenario = 'nonesuch'", "scenario nonesuch: unknown; known are isolation"),
-        ("x.ioasid", "rig = 'nonesuch.toml'", "nonesuch.toml: No such file"),
-        ("x.toml", "[host]\ncpu = 1", "host.cpu: unknown key"),
-        ("x.toml", "[guest.g1]", "isolation needs two guests"),
-        ("x.toml", "[host", "x.toml: "),
-    ],
-)
-def test_what_is_wrong_with_a_file_is_told(
-    avocado: Avocado, tmp_path: Path, name: str, text: str, reason: str
-) -> None:
-    (tmp_path / name).write_text(text)
-    job = avocado("run", str(tmp_path / name))
+WRONG = {
+    "0.ioasid": ("cheks = []", "cheks: unknown key; known are checks, rig, scenario"),
+    "1.ioasid": ("checks = 'audit'", "checks: must be a list of strings"),
+    "2.ioasid": ("checks = ['nonesuch']", "check nonesuch: unknown; known are stage-host"),
+    "3.ioasid": ("scenario = 'nonesuch'", "scenario nonesuch: unknown; known are isolation"),
+    "4.ioasid": ("rig = 'nonesuch.toml'", "nonesuch.toml: No such file"),
+    "5.toml": ("[host]\ncpu = 1", "host.cpu: unknown key"),
+    "6.toml": ("[guest.g1]", "isolation needs two guests"),
+    "7.toml": ("[host", "7.toml: "),
+}
+
+
+def test_what_is_wrong_with_each_file_is_told(avocado: Avocado, tmp_path: Path) -> None:
+    for name, (text, _) in WRONG.items():
+        (tmp_path / name).write_text(text)
+    job = avocado("run", *(str(tmp_path / name) for name in WRONG))
     assert job.code != 0
-    assert reason in job.out
+    told = [line for line in job.out.splitlines() if "is corrupted: " in line]
+    for (name, (_, reason)), line in zip(WRONG.items(), told, strict=True):
+        reference, _, why = line.partition(" is corrupted: ")
+        assert f"/{name} " in reference and reason in why
     assert "Traceback" not in job.out
 
 
