@@ -36,7 +36,7 @@ class Holder:
         """device is the file's number in this process."""
         # Not the parent's object: one of its threads may hold that one's lock for ever.
         self._device = VfioDevice(Descriptor(device, "the holder's device"), "")
-        names = ("attach", "detach", "submit")
+        names = ("attach", "detach", "reset", "submit")
         self.operations: Mapping[str, Callable[..., Any]] = {n: getattr(self, n) for n in names}
 
     def attach(self, pasid: int, ioas: int) -> None:
@@ -46,6 +46,10 @@ class Holder:
     def detach(self, pasid: int) -> None:
         """Takes a PASID out of the device's list."""
         self._device.detach_pasid(pasid)
+
+    def reset(self) -> None:
+        """Resets the device."""
+        self._device.reset()
 
     def submit(self, descriptors: list[Json], seconds: float) -> list[Json]:
         """Submits a batch and waits for its completions."""

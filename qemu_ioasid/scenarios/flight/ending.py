@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A reset and a close while work is under way."""
+
+from __future__ import annotations
+
+from qemu_ioasid.deadline import Deadline, calibration
+from qemu_ioasid.scenarios.checks import Trial
+from qemu_ioasid.scenarios.flight.ground import (
+    EARLY_SECONDS,
+    HOLDER,
+    PAGE,
+    PLAIN,
+    SLOW,
+    SOON_SECONDS,
+    Flight,
+    fill,
+)
+from qemu_ioasid.scenarios.table import Table
+
+TABLE = Table()
+_CHECK = TABLE.phase("a reset and a close under work")
+
+
+@_CHECK("reset", "reset the device while its first work sleeps and its second is queued")
+def reset(flight: Flight, trial: Trial) -> None:
+    space = flight.registered()
+    flight.submit(fill(space.pasid, SLOW), fill(space.pasid, PLAIN))
+    flight.asleep(space.slow)
+    flight.waits(trial, flight.host.start("device_reset", name=flight.device), "reset", space.slow)
+    trial.require(flight.holds(space.slow), "reset returned before the write was whole")
+    counts = flight.counts()
+    trial.require(counts == (0, 0), f"TAIL and HEAD are {counts} after a reset")
+    ticket = flight.submit(fill(space.pasid, PLAIN + PAGE))
+    flight.completions(trial, ticket, "DONE")
+    trial.require(not flight.holds(space.plain), "work that a reset drops has been carried out")
+    trial.saw("the first work whole, the second dropped; the PASID works on")
+
+
+@_CHECK("reset-killed", "kill a process that resets the device while its first work sleeps")
+def reset_killed(flight: Flight, trial: Trial) -> None:
+    """The device is as it was, and its work goes on."""
+    space = flight.registered()
+    ticket = flight.submit(fill(space.pasid, SLOW), fill(space.pasid, PLAIN))
+    flight.asleep(space.slow)
+    flight.waiting(trial, "reset")
+    flight.kill(trial)
+    counts = flight.counts()
+    trial.require(counts == (2, 0), f"TAIL and HEAD are {counts} after that")
+    flight.host.call("slow_release", handle=space.slow)
+    flight.completions(trial, ticket, "DONE", "DONE")
+    trial.require(flight.holds(space.slow) and flight.holds(space.plain), "work is not whole")
+    trial.saw("both works whole")
+
+
+@_CHECK("resets", "reset the device twice while its first work sleeps, and kill the first to do so")
+def resets(flight: Flight, trial: Trial) -> None:
+    """The end of one reset lets no work in that another one keeps out."""
+    space = flight.registered()
+    flight.submit(fill(space.pasid, SLOW), fill(space.pasid, PLAIN))
+    flight.asleep(space.slow)
+    flight.waiting(trial, "reset")
+    second = flight.host.start("device_reset", name=flight.device)
+    trial.require(not second.ends_within(EARLY_SECONDS), "the second reset returned at once")
+    flight.kill(trial)
+    flight.waits(trial, second, "reset", space.slow)
+    counts = flight.counts()
+    trial.require(counts == (0, 0), f"TAIL and HEAD are {counts} after a reset")
+    flight.untouched(trial, space.plain, "work that a reset drops")
+    trial.saw("the first work alone")
+
+
+@_CHECK("close", "close the device while its first work sleeps and its second is queued")
+def close(flight: Flight, trial: Trial) -> None:
+    """The access ends, though nobody lets it go on; what is queued is not begun."""
+    space = flight.registered()
+    flight.submit(fill(space.pasid, SLOW), fill(space.pasid, PLAIN))
+    flight.asleep(space.slow)
+    closing = flight.host.start("device_close", name=flight.device)
+    soon = closing.ends_within(SOON_SECONDS * calibration())
+    # Whatever became of it, nothing may sleep on.
+    flight.host.call("slow_release", handle=space.slow)
+    closing.result(Deadline(45, "return of close"))
+    trial.answer("close: 0")
+    trial.require(soon, "close waits for an access that sleeps")
+    flight.untouched(trial, space.slow, "the access that was ended")
+    flight.untouched(trial, space.plain, "work that was queued")
+    trial.saw("no byte of either")
+
+
+@_CHECK("close-behind-another", "close a device whose work waits for another one's that sleeps")
+def close_behind_another(flight: Flight, trial: Trial) -> None:
+    """They share a PASID. That work ends with the close, though what it waits for does not."""
+    space = flight.registered()
+    ticket = flight.submit(fill(space.pasid, SLOW))
+    flight.asleep(space.slow)
+    flight.host.call("file_open", name=flight.other, device=flight.other)
+    flight.host.call("raw_bind", device=flight.other, iommufd=flight.iommufd)
+    flight.registrar.raw_attach(flight.other, space.pasid, space.ioas)
+    # The file is to be the holder's alone, so that its end is the last close.
+    flight.host.call("holder_start", name=HOLDER, device=flight.other, iommufd=flight.iommufd)
+    flight.host.call("file_close", name=flight.other)
+    work = {"descriptors": [fill(space.pasid, PLAIN)], "seconds": 60.0}
+    flight.host.start("holder_call", name=HOLDER, what="submit", args=work)
+    seconds = SOON_SECONDS * calibration()
+    flight.host.call("wait_worker", device=flight.other, state="D", seconds=seconds)
+    closing = flight.host.start("holder_kill", name=HOLDER)
+    soon = closing.ends_within(seconds)
+    flight.host.call("slow_release", handle=space.slow)
+    closing.result(Deadline(45, "end of the holder"))
+    trial.answer("close: 0")
+    trial.require(soon, "close waits for another device's work")
+    flight.completions(trial, ticket, "DONE")
+    flight.untouched(trial, space.plain, "work that the close has ended")
+    trial.saw("the sleeping work whole, of the other no byte")

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the checks of ``flight`` are made of: an open device, memory that sleeps, and moments."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+from qemu_ioasid.client import Pending
+from qemu_ioasid.deadline import Deadline, calibration
+from qemu_ioasid.model.engine import FILL
+from qemu_ioasid.rig import Descriptor, Rig
+from qemu_ioasid.scenarios.checks import Trial, told
+
+PAGE = 4096
+#: The engine works in such pieces.
+CHUNK = 64 * 1024
+#: Where an address space has the memory that sleeps, and, from its end on, memory that does not.
+SLOW = 0x1000_0000
+PLAIN = SLOW + CHUNK
+#: What a fill stores.
+PATTERN = 0x5A5A_5A5A_5A5A_5A5A
+STORED = "5a"
+#: The process that is killed while it waits.
+HOLDER = "holder"
+#: How long what must wait is watched for returning.
+EARLY_SECONDS = 0.5
+#: How long what must not wait may take.
+SOON_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Space:
+    """An IOAS and a PASID for it; handles of its memory that sleeps and of that which does not."""
+
+    ioas: int
+    pasid: int
+    slow: int
+    plain: int
+
+
+def fill(pasid: int | None, iova: int, length: int = PAGE) -> Descriptor:
+    """Work that stores `PATTERN` by that PASID, or without one."""
+    return {"opcode": FILL, "pasid": pasid, "src": PATTERN, "dst": iova, "length": length}
+
+
+class Flight:
+    """A mdev that the host side has to itself, and the name of another one."""
+
+    def __init__(self, rig: Rig, device: str, other: str) -> None:
+        self._rig = rig
+        self.host = rig.host.agent
+        self.registrar = rig.registrar
+        self.device, self.other = device, other
+        self.iommufd = f"agent:{device}"
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Self]:
+        """The device, open; with the block goes all that was made in it, asleep or not."""
+        self.host.call("device_open", name=self.device)
+        try:
+            yield self
+        finally:
+            self.host.call("reset")
+
+    def beside(self) -> Flight:
+        """The other device, open on an iommufd of its own; it goes with the first one's block."""
+        self.host.call("device_open", name=self.other)
+        return Flight(self._rig, self.other, self.device)
+
+    def memory(self, ioas: int, iova: int) -> int:
+        """A chunk of memory at *iova* that puts accesses to sleep; its handle."""
+        place: dict[str, Any] = {
+            "iommufd": self.iommufd,
+            "ioas": ioas,
+            "iova": iova,
+            "length": CHUNK,
+        }
+        return int(self.host.call("slow_create", **place)["handle"])
+
+    def space(self) -> Space:
+        """An IOAS with both kinds of memory, and a PASID that is to name it."""
+        ioas = self.registrar.ioas(self.iommufd)
+        slow, plain = self.memory(ioas, SLOW), self.memory(ioas, PLAIN)
+        self.host.call("slow_release", handle=plain)
+        return Space(ioas, self.registrar.alloc(self.iommufd), slow, plain)
+
+    def registered(self) -> Space:
+        space = self.space()
+        self.registrar.register(self.device, self.iommufd, space.pasid, space.ioas)
+        return space
+
+    def submit(self, *work: Descriptor) -> int:
+        """Give the device *work*; a ticket for `_completions`."""
+        return int(
+            self.host.call("device_submit_start", name=self.device, descriptors=work)["ticket"]
+        )
+
+    def asleep(self, handle: int) -> None:
+        """Return when an access sleeps in the memory of *handle*."""
+        self.host.call("slow_wait", handle=handle, seconds=20 * calibration())
+
+    def blocked(self, space: Space) -> None:
+        """Return when the kernel's list says that work by a PASID is refused, or has to wait."""
+        seconds = SOON_SECONDS * calibration()
+        self.host.call("wait_blocked", device=self.device, pasid=space.pasid, seconds=seconds)
+
+    def completions(self, trial: Trial, ticket: int, *expected: str) -> None:
+        """Require the work of *ticket* to end so."""
+        found = self.host.call("device_submit_wait", ticket=ticket, seconds=20 * calibration())
+        trial.answer(", ".join(told(each) for each in found))
+        statuses = [str(each["status"]) for each in found]
+        trial.require(
+            statuses == list(expected), f"the work must end as {expected}, ended as {statuses}"
+        )
+
+    def holds(self, handle: int, at: int = 0) -> bool:
+        """Whether the page at *at* of released memory has been filled; else it is as it was."""
+        found = self.host.call("slow_read", handle=handle, offset=at, length=PAGE)["hex"]
+        return bool(found == STORED * PAGE)
+
+    def untouched(self, trial: Trial, handle: int, what: str) -> None:
+        """Require that nothing has been stored in released memory."""
+        found = self.host.call("slow_read", handle=handle, offset=0, length=CHUNK)["hex"]
+        trial.require(found == "00" * CHUNK, f"{what} has been carried out")
+
+    def state(self, pasid: int) -> str:
+        """What the kernel's list says of *pasid*; "" when it is not there."""
+        found = self.host.call("kernel_list", device=self.device)
+        return next((str(each["state"]) for each in found if each["pasid"] == pasid), "")
+
+    def counts(self) -> tuple[int, int]:
+        """TAIL and HEAD."""
+        registers = self.host.call("device_registers", name=self.device)
+        return registers["TAIL"], registers["HEAD"]
+
+    def waits(self, trial: Trial, call: Pending, what: str, handle: int) -> Any:
+        """Require *call* to return after the release of the memory of *handle*, and not before."""
+        early = call.ends_within(EARLY_SECONDS)
+        self.host.call("slow_release", handle=handle)
+        answer = call.result(Deadline(45, f"return of {what}"))
+        trial.answer(f"{what}: 0")
+        trial.require(not early, f"{what} returned with work in flight")
+        return answer
+
+    def waiting(self, trial: Trial, what: str, **args: object) -> None:
+        """Another process begins an operation on the device, which must not return yet."""
+        self.host.call("holder_start", name=HOLDER, device=self.device, iommufd=self.iommufd)
+        call = self.host.start("holder_call", name=HOLDER, what=what, args=args)
+        early = call.ends_within(EARLY_SECONDS)
+        trial.require(not early, f"{what} returned with work in flight")
+
+    def kill(self, trial: Trial) -> None:
+        """SIGKILL that process; it is gone when this returns."""
+        self.host.call("holder_kill", name=HOLDER)
+        trial.answer("killed")

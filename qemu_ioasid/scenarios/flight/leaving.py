@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A PASID leaves, or moves to other memory, while work by it is under way."""
+
+from __future__ import annotations
+
+from qemu_ioasid.deadline import calibration
+from qemu_ioasid.scenarios.checks import Trial, told
+from qemu_ioasid.scenarios.flight.ground import (
+    CHUNK,
+    PAGE,
+    PLAIN,
+    SLOW,
+    Flight,
+    fill,
+)
+from qemu_ioasid.scenarios.table import Table
+
+TABLE = Table()
+_CHECK = TABLE.phase("a PASID leaves, or moves, under work")
+
+
+@_CHECK("detach", "detach a PASID while its first work sleeps and its second is queued")
+def detach(flight: Flight, trial: Trial) -> None:
+    space = flight.registered()
+    ticket = flight.submit(fill(space.pasid, SLOW), fill(space.pasid, PLAIN))
+    flight.asleep(space.slow)
+    # In one request: what it finds is as things are when the detach returns.
+    leaving = flight.host.start_several(
+        ("unregister", {"device": flight.device, "pasid": space.pasid}),
+        ("device_registers", {"name": flight.device}),
+    )
+    flight.blocked(space)
+    _, registers = flight.waits(trial, leaving, "detach", space.slow)
+    trial.require(registers["HEAD"] >= 1, "detach returned before the completion was stored")
+    flight.completions(trial, ticket, "DONE", "REFUSED")
+    flight.untouched(trial, space.plain, "work that was refused")
+    trial.require(flight.holds(space.slow), "the first work is not whole")
+    trial.saw("the first work whole and completed, the second one nowhere")
+
+
+@_CHECK("detach-killed", "kill a process that detaches a PASID whose work sleeps")
+def detach_killed(flight: Flight, trial: Trial) -> None:
+    """That ends the access, and no other: the next one sleeps as long as it must."""
+    one, other = flight.registered(), flight.registered()
+    ticket = flight.submit(fill(one.pasid, SLOW), fill(other.pasid, SLOW))
+    flight.asleep(one.slow)
+    flight.waiting(trial, "detach", pasid=one.pasid)
+    flight.blocked(one)
+    flight.kill(trial)
+    flight.asleep(other.slow)
+    flight.host.call("slow_release", handle=other.slow)
+    flight.completions(trial, ticket, "FAULT", "DONE")
+    trial.require(flight.holds(other.slow), "the second work is not whole")
+    trial.saw("the second work whole")
+
+
+@_CHECK("replace", "replace a PASID's IOAS while its first work sleeps and its second waits")
+def replace(flight: Flight, trial: Trial) -> None:
+    """No piece of work is in both; and nobody joins a PASID that is on its way."""
+    old, new = flight.registered(), flight.space()
+    ticket = flight.submit(fill(old.pasid, SLOW, CHUNK + PAGE), fill(old.pasid, PLAIN + PAGE))
+    flight.asleep(old.slow)
+    moving = flight.host.start("replace", device=flight.device, pasid=old.pasid, ioas=new.ioas)
+    flight.blocked(old)
+    trial.require(flight.state(old.pasid) == "paused", "the list does not say that work waits")
+    flight.host.call("file_open", name="joining", device=flight.other)
+    flight.host.call("raw_bind", device="joining", iommufd=flight.iommufd)
+    with trial.refusal("EBUSY", "attach of another device meanwhile"):
+        flight.registrar.raw_attach("joining", old.pasid, old.ioas)
+    flight.waits(trial, moving, "replace", old.slow)
+    flight.completions(trial, ticket, "DONE", "DONE")
+    places = {
+        "the first work's second part is not in the old memory": flight.holds(old.plain),
+        "the second work is in the old memory": not flight.holds(old.plain, PAGE),
+        "the first work's second part is in the new memory": not flight.holds(new.plain),
+        "the second work is not in the new memory": flight.holds(new.plain, PAGE),
+    }
+    wrong = [text for text, holds in places.items() if not holds]
+    trial.require(not wrong, "; ".join(wrong))
+    trial.saw("the first work in the old memory alone, the second in the new")
+
+
+@_CHECK("replace-killed", "kill a process that replaces a PASID's IOAS while its work sleeps")
+def replace_killed(flight: Flight, trial: Trial) -> None:
+    """Nothing has moved, and the work goes on: what sleeps, and what is queued."""
+    old, new = flight.registered(), flight.space()
+    ticket = flight.submit(fill(old.pasid, SLOW), fill(old.pasid, PLAIN))
+    flight.asleep(old.slow)
+    flight.waiting(trial, "attach", pasid=old.pasid, ioas=new.ioas)
+    flight.kill(trial)
+    state = flight.state(old.pasid)
+    trial.require(state == "open", f"the list says {state!r} after that")
+    flight.host.call("slow_release", handle=old.slow)
+    flight.completions(trial, ticket, "DONE", "DONE")
+    trial.require(flight.holds(old.slow) and flight.holds(old.plain), "the old memory lacks work")
+    flight.untouched(trial, new.plain, "work in the new memory")
+    trial.saw("both works in the old memory, none in the new")
+
+
+@_CHECK("own", "replace the IOAS of work without a PASID while the first such work sleeps")
+def own(flight: Flight, trial: Trial) -> None:
+    old, new = flight.space(), flight.space()
+    flight.host.call("raw_attach", device=flight.device, ioas=old.ioas)
+    ticket = flight.submit(fill(None, SLOW, CHUNK + PAGE), fill(None, PLAIN + PAGE))
+    flight.asleep(old.slow)
+    moving = flight.host.start("raw_attach", device=flight.device, ioas=new.ioas)
+    flight.waits(trial, moving, "attach", old.slow)
+    flight.completions(trial, ticket, "DONE", "DONE")
+    trial.require(flight.holds(old.plain), "the first work's second part is not in the old memory")
+    trial.require(flight.holds(new.plain, PAGE), "the second work is not in the new memory")
+    trial.saw("the first work in the old memory, the second in the new")
+
+
+@_CHECK("unmap", "unmap memory while work sleeps in it")
+def unmap(flight: Flight, trial: Trial) -> None:
+    space = flight.registered()
+    ticket = flight.submit(fill(space.pasid, SLOW), fill(space.pasid, SLOW))
+    flight.asleep(space.slow)
+    where: dict[str, object] = {"ioas": space.ioas, "iova": SLOW, "length": CHUNK}
+    leaving = flight.host.start("ioas_unmap", iommufd=flight.iommufd, **where)
+    flight.waits(trial, leaving, "unmap", space.slow)
+    trial.require(flight.holds(space.slow), "unmap returned before the write was whole")
+    # The second one found the memory as it was, or gone: whoever of the two came first.
+    found = flight.host.call("device_submit_wait", ticket=ticket, seconds=20 * calibration())
+    trial.answer(", ".join(told(each) for each in found))
+    trial.require(found[0]["status"] == "DONE", "the first work is not whole")
+    ticket = flight.submit(fill(space.pasid, SLOW))
+    flight.completions(trial, ticket, "FAULT")
+    trial.saw("the first work whole; none after the unmap")
