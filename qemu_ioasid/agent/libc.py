@@ -7,6 +7,7 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Callable
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -44,6 +45,19 @@ def protect(address: int, length: int, protection: int) -> None:
     pointer, size = ctypes.c_void_p(address), ctypes.c_size_t(length)
     if _libc.mprotect(pointer, size, protection):
         raise OSError(ctypes.get_errno(), "mprotect")
+
+
+def vmsplice(pipe: int, memory: bytearray | mmap.mmap) -> None:
+    """vmsplice(2): a pipe, which must have room, refers to the pages of all of a buffer.
+
+    Raises OSError.
+    """
+    length = len(memory)
+    # struct iovec (include/uapi/linux/uio.h)
+    vector = (ctypes.c_size_t * 2)(address_of(memory), length)
+    taken = _libc.vmsplice(pipe, vector, ctypes.c_ulong(1), 0)
+    if taken != length:
+        raise OSError(ctypes.get_errno(), f"vmsplice: {taken} of {length} bytes")
 
 
 _libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)

@@ -11,7 +11,9 @@ import threading
 from contextlib import ExitStack, suppress
 
 from qemu_ioasid.agent.deadline import wait_for
+from qemu_ioasid.agent.descriptor import Descriptor
 from qemu_ioasid.agent.iommufd import Iommufd
+from qemu_ioasid.agent.libc import vmsplice
 from qemu_ioasid.agent.opendevice import completions
 from qemu_ioasid.agent.pdma import Ring
 from qemu_ioasid.agent.procfs import task_state
@@ -55,6 +57,7 @@ class Raw:
         self._files: dict[str, VfioDevice] = {}
         # fault.c gives a file for each fault queue
         self._queues: list[int] = []
+        self._pinned: dict[str, Descriptor] = {}
         names = (
             "raw_attach",
             "raw_detach",
@@ -65,8 +68,9 @@ class Raw:
             "file_close",
         )
         more = ("file_submit", "iommufd_close", "hwpt_alloc", "fault_queue_alloc", "wait_worker")
+        pages = ("file_access", "region_pin", "region_pinned")
         self.operations: Mapping[str, Callable[..., Any]] = {
-            name: getattr(self, name) for name in (*names, *more)
+            name: getattr(self, name) for name in (*names, *more, *pages)
         }
 
     def device(self, name: str) -> VfioDevice:
@@ -184,6 +188,46 @@ class Raw:
         self._queues.append(int(argument.out_fault_fd))
         return {"fault_queue": int(argument.out_fault_id)}
 
+    def file_access(self, device: str, like: str, region: int, how: str) -> None:
+        """A read, a write of zeros or a map at a region's start, without the ioctl that tells it.
+
+        like is a bound file of a device of the same kind, which knows where that is.
+        """
+        place = self.device(like).region(region)
+        target = self.device(device)
+        if how == "read":
+            target.read(place, 0, 4)
+        elif how == "write":
+            target.write(place, 0, bytes(4))
+        else:
+            target.map(place).close()
+
+    def region_pin(self, device: str, region: int) -> None:
+        """Keeps hold of a region's pages, which nothing but an open file of a device may have.
+
+        vmsplice(2) has a pipe refer to them; a close of the file does not end that.
+        """
+        target = self.device(device)
+        reader, writer = os.pipe()
+        kept = Descriptor(reader, f"pages of {device}")
+        try:
+            with target.map(target.region(region)) as mapped:
+                vmsplice(writer, mapped)
+        except BaseException:
+            kept.close()
+            raise
+        finally:
+            os.close(writer)
+        self._pinned[device] = kept
+
+    def region_pinned(self, device: str) -> Json:
+        """What is in those pages now; they are let go."""
+        with self._pinned.pop(device) as kept, kept.borrowed() as fd:
+            found = bytearray()
+            while part := os.read(fd, 1 << 16):
+                found += part
+        return {"hex": found.hex()}
+
     def wait_worker(self, device: str, state: str, seconds: float) -> None:
         """Waits until a device's kernel thread is in a state as proc(5) has it.
 
@@ -201,5 +245,7 @@ class Raw:
         with ExitStack() as stack:
             for name in list(self._files):
                 stack.callback(self.file_close, name)
+            while self._pinned:
+                stack.callback(self._pinned.popitem()[1].close)
             while self._queues:
                 stack.callback(os.close, self._queues.pop())

@@ -190,32 +190,51 @@ def _file(ground: Ground, device: str) -> Iterator[str]:
         ground.host.call("file_close", name="stray")
 
 
-UNBOUND: Mapping[str, tuple[str, Callable[[Ground, str], Args]]] = {
-    "raw_attach": ("to register a PASID", lambda g, file: _attach(g, device=file)),
-    "raw_detach": ("to take away a PASID", lambda g, file: _registered(g, device=file)),
-    "raw_bind": ("to bind", lambda g, file: {"device": file, "iommufd": g.g1.name}),
-    "file_submit": (
+def _access(how: str, region: int) -> Callable[[Ground, str], Args]:
+    # Where a region lies is told of a bound file only, and the same for all devices.
+    return lambda g, file: {"device": file, "like": g.c, "region": region, "how": how}
+
+
+class Reach(NamedTuple):
+    """A way to a device, by its operation and the arguments for a file."""
+
+    said: str
+    op: str
+    args: Callable[[Ground, str], Args]
+
+
+UNBOUND = {
+    "attach": Reach("to register a PASID", "raw_attach", lambda g, file: _attach(g, device=file)),
+    "detach": Reach(
+        "to take away a PASID", "raw_detach", lambda g, file: _registered(g, device=file)
+    ),
+    "bind": Reach("to bind", "raw_bind", lambda g, file: {"device": file, "iommufd": g.g1.name}),
+    "submit": Reach(
         "to submit work",
+        "file_submit",
         lambda g, file: {
             "device": file,
             "descriptors": [g.work(g.standing(g.c).pasid, g.standing(g.c).iova)],
             "seconds": 1,
         },
     ),
+    "read": Reach("to read a register", "file_access", _access("read", 0)),
+    "write": Reach("to write a register", "file_access", _access("write", 0)),
+    "map": Reach("to map the rings", "file_access", _access("map", 2)),
 }
 
 
-def unbound(ground: Ground, trial: Trial, op: str, whose: str) -> None:
+def unbound(ground: Ground, trial: Trial, name: str, whose: str) -> None:
     """A file that is bound to nothing gives no way in, whether its device is open or not."""
     device = SPARE if whose == SPARE else ground.c
     with ground.spare(opened=False), _file(ground, device) as file:
-        args = UNBOUND[op][1](ground, file)
+        args = UNBOUND[name].args(ground, file)
         with (
             ground.witnesses.around(trial),
             ground.unchanged(trial),
-            trial.refusal("EINVAL", op.removeprefix("raw_")),
+            trial.refusal("EINVAL", name),
         ):
-            ground.host.call(op, **args)
+            ground.host.call(UNBOUND[name].op, **args)
 
 
 OBJECTS = {"hwpt": "a page table (HWPT)", "device": "a physical device"}
@@ -349,14 +368,14 @@ def rows(config: RigConfig, parts: Mapping[str, str]) -> list[Row]:
     found += [
         Row(
             "with a file that is not bound",
-            f"unbound-{op.removeprefix('raw_').removeprefix('file_')}-{name}",
-            f"{said} through a file of {whose} that is not bound",
+            f"unbound-{way}-{name}",
+            f"{reach.said} through a file of {whose} that is not bound",
             unbound,
-            (op, whose),
+            (way, whose),
         )
         for whose, name in ((SPARE, "closed"), (c, "open"))
-        for op, (said, _) in UNBOUND.items()
-        if not (op == "raw_bind" and whose == SPARE)
+        for way, reach in UNBOUND.items()
+        if not (way == "bind" and whose == SPARE)
     ]
     found += [
         Row(

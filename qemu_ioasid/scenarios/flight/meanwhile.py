@@ -71,6 +71,20 @@ def rings(flight: Flight, trial: Trial) -> None:
     trial.saw("nothing of before in the ring")
 
 
+@_ANEW("pinned", "keep hold of a device's rings over a close, and have the next one use them")
+def pinned(flight: Flight, trial: Trial) -> None:
+    """Its work and what came of it are its own: who could write there could give it work."""
+    flight.host.call("region_pin", device=flight.device, region=RINGS)
+    flight.host.call("device_close", name=flight.device)
+    flight.host.call("device_open", name=flight.device)
+    space = flight.registered()
+    flight.completions(trial, flight.submit(fill(space.pasid, PLAIN)), "DONE")
+    kept = bytes.fromhex(flight.host.call("region_pinned", device=flight.device)["hex"])
+    trial.require(len(kept) == RINGS_SIZE, f"{len(kept)} bytes of the rings were kept")
+    trial.require(not any(kept), "who had the device before sees the next one's work")
+    trial.saw("the pages of before, and nothing in them")
+
+
 @_ANEW("past-the-rings", "read at the end of BAR2, and on")
 def past(flight: Flight, trial: Trial) -> None:
     place: dict[str, Any] = {"name": flight.device, "region": RINGS, "offset": RINGS_SIZE - 8}
