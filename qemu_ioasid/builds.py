@@ -43,7 +43,7 @@ def add(
 
     images = commands.add_parser("image", help="build the VM images")
     actions = images.add_subparsers(dest="action", required=True, metavar="ACTION")
-    making = actions.add_parser("build", parents=[common], help="build, or say what is built")
+    making = actions.add_parser("build", parents=[plain], help="build, or say what is built")
     making.set_defaults(handler=_image_build)
 
     carry = commands.add_parser(

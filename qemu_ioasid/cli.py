@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import importlib.metadata
 import io
 import json
 import os
@@ -56,6 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"exit codes:\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"%(prog)s {importlib.metadata.version('qemu_ioasid')}",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     common = _common()
@@ -80,12 +87,14 @@ def add_kernel(command: argparse.ArgumentParser) -> None:
     """Which kernel, and what is laid over it."""
     command.add_argument(
         "--kernel",
+        action=subcommand.Named,
         default="",
         metavar="NAME",
         help=f"{kernel.FORMS} (default: Debian's, of the series' version)",
     )
     command.add_argument(
         "--series",
+        action=subcommand.Named,
         default="",
         metavar="SERIES",
         help=f"{kernel.SERIES_FORMS} (default: ours, if missing)",
@@ -252,7 +261,7 @@ def _change(text: str) -> tuple[str, str]:
 
 
 def _count(text: str) -> int:
-    if not text.isdigit() or not int(text):
+    if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text}: must be a whole number from 1 on")
     return int(text)
 
@@ -287,7 +296,9 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 
 def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    name = arguments.scenario or ("isolation" if arguments.replay is None else "model")
+    name = arguments.scenario
+    if name is None:
+        name = "isolation" if arguments.replay is None else "model"
     scenario = scenarios.find(name)
     options = _options(arguments)
     if not arguments.series:
@@ -326,6 +337,9 @@ def _order(arguments: argparse.Namespace, name: str, takes: tuple[str, ...]) -> 
     if "series" in takes:
         order["series"] = bool(arguments.series)
     if "replay" in order:
+        for each in ("steps", "seed"):
+            if each in order:
+                raise ConfigurationError(f"--{each}: a program that is replayed has its own")
         order["replay"] = program.load(order["replay"])
     elif name == "model":
         program.require_hypothesis()
@@ -340,6 +354,8 @@ def _bench(arguments: argparse.Namespace, terminal: Terminal) -> int:
         report=arguments.report,
         append=arguments.append,
     )
+    if arguments.edit and arguments.restores:
+        raise ConfigurationError("--edit and --restores: one of the two")
     if arguments.edit:
         document = bench.edits(
             options, arguments.edit, arguments.rounds, subcommand.output(terminal)
@@ -398,8 +414,23 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
+def _where() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigurationError("the current folder is gone: change to another one") from None
+
+
+def _mute() -> None:
+    """Nobody takes our output any more: Python's own flush at exit must not complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    # A closed stream is None, to which nobody can write.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     parsed = _parser().parse_args(arguments)
     handler: Callable[[argparse.Namespace, Terminal], int] = parsed.handler
     signal.signal(signal.SIGTERM, _terminate)
@@ -410,6 +441,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
+        _where()
         with Terminal(sys.stderr if parsed.json else sys.stdout) as terminal:
             return handler(parsed, terminal)
     except RigError as error:
@@ -422,9 +454,15 @@ def main(arguments: list[str] | None = None) -> int:
         _complain("terminated")
         return 143
     except BrokenPipeError:
-        # Whoever read our output has enough; Python's own flush at exit must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute()
         return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            _complain(f"bug in the rig: {error!r}", traceback.format_exc())
+            return 4
+        _mute()
+        _complain("standard output: No space left on device")
+        return 3
     except Exception as error:
         _complain(f"bug in the rig: {error!r}", traceback.format_exc())
         return 4

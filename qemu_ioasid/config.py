@@ -23,6 +23,8 @@ DEFAULT = Path(__file__).with_name("default.toml")
 MIB = 1 << 20
 #: A guest's RAM stays below q35's hole under 4 GiB: an address is an offset in its RAM file.
 MAX_GUEST_MEMORY = 2048 * MIB
+#: More than any machine has for a rig, and less than a file or QEMU cannot be told.
+MAX_HOST_MEMORY = 1024 * 1024 * MIB
 #: What the host VM needs beside its guests' memory.
 HOST_OVERHEAD = 256 * MIB
 MIN_GUEST_MEMORY = 96 * MIB
@@ -107,14 +109,21 @@ def parse(text: str, path: str, changes: Mapping[str, str] = _NONE) -> RigConfig
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{path}: {error}") from None
+    where = path
     for key, value in changes.items():
+        where += f" with {key}={value}"
+        kind, _, name = key.partition(".")
+        name = name.partition(".")[0]
+        # One that only a misspelt name has made would be booted.
+        if kind in ("mdev", "guest") and name not in ("*", *table.get(kind, ())):
+            raise ConfigurationError(f"{path}: {key}: no {kind} {name} in this file")
         _change(table, key.split("."), _plain(value), f"{path}: {key}")
         text += f"\n# changed: {key} = {value!r}\n"
-    _no_other_keys(table, {"host", "mdev", "guest"}, path)
+    _no_other_keys(table, {"host", "mdev", "guest"}, where)
     rig = RigConfig(
-        host=_read(HostConfig, table.get("host", {}), f"{path}: host"),
-        mdevs=_read_named(MdevConfig, table.get("mdev", {}), f"{path}: mdev"),
-        guests=_read_named(GuestConfig, table.get("guest", {}), f"{path}: guest"),
+        host=_read(HostConfig, table.get("host", {}), f"{where}: host"),
+        mdevs=_read_named(MdevConfig, table.get("mdev", {}), f"{where}: mdev"),
+        guests=_read_named(GuestConfig, table.get("guest", {}), f"{where}: guest"),
         path=path,
         text=text,
     )
@@ -238,6 +247,8 @@ def _check(rig: RigConfig) -> None:
         _check_cpus(rig.host.cpus, f"{rig.path}: host")
     viommu.check(rig.host.viommu, f"{rig.path}: host.viommu", assigned=False)
     need = HOST_OVERHEAD + sum(guest.memory for guest in rig.guests.values())
+    if rig.host.memory > MAX_HOST_MEMORY:
+        raise ConfigurationError(f"{rig.path}: host.memory: must be at most 1024G")
     if rig.host.memory < need:
         raise ConfigurationError(
             f"{rig.path}: host.memory: {rig.host.memory // MIB}M is too little for these guests, "

@@ -28,13 +28,15 @@ def calibration() -> float:
     ``QEMU_IOASID_TIME_SCALE`` multiplies it (a debug kernel, a loaded builder).
     Raises ConfigurationError when that is not a positive number.
     """
-    text = os.environ.get("QEMU_IOASID_TIME_SCALE", "1")
+    text = os.environ.get("QEMU_IOASID_TIME_SCALE") or "1"
     try:
         scale = float(text)
     except ValueError:
         scale = 0.0
     if not 0 < scale <= 100:
-        raise ConfigurationError(f"QEMU_IOASID_TIME_SCALE={text}: not a number from 0 to 100")
+        raise ConfigurationError(
+            f"QEMU_IOASID_TIME_SCALE={text}: must be a number above 0, 100 at most"
+        )
     return min(8.0, max(1.0, min(_spin() for _ in range(3)) / _REFERENCE)) * scale
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
+from qemu_ioasid import viommu
 from qemu_ioasid.errors import ConfigurationError, RequirementError
 from qemu_ioasid.hostvm import HostParts
 from qemu_ioasid.viommu import Viommu
@@ -30,6 +31,9 @@ def unmet(feature: str, parts: HostParts) -> str:
     try:
         value: Any = _value(name, text)
         wanted = replace(Viommu(), **{_OPTIONS[name].name: value})
+        # What an option needs beside it is the rig's affair; a number may be out of range.
+        if not isinstance(value, bool):
+            viommu.check(wanted, "ioasid_requires", assigned=False)
         wanted.device(parts.qemu.viommu)
     except RequirementError as error:
         return f"QEMU {parts.qemu.version}: {error.message}"
@@ -42,6 +46,6 @@ def _value(name: str, text: str) -> bool | int:
         if text not in ("", "true", "false"):
             raise ConfigurationError(f"ioasid_requires: {name}={text}: must be true or false")
         return text != "false"
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ConfigurationError(f"ioasid_requires: {name}={text}: must be a number")
     return int(text)

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.metadata
+import os
 import platform
 import time
 import traceback
@@ -201,6 +203,7 @@ def check_local(options: Options) -> None:
         ("--kernel", bool(options.kernel.source)),
         ("--series", bool(options.kernel.series)),
         ("--mutant", options.kernel.mutant is not None),
+        ("--config", bool(options.kernel.config)),
         ("--set host", any(key.partition(".")[0] == "host" for key in options.changes)),
     ):
         if given:
@@ -276,6 +279,22 @@ def written(folder: Path) -> contextlib.AbstractContextManager[None]:
     return explained(folder, "make room, or take another folder with --report")
 
 
+#: Files of the folders that are this process's, locked until it ends.
+_CLAIMS: list[int] = []
+
+
+def _claimed(folder: Path) -> bool:
+    """Whether an empty *folder* is this process's from now on: two that are told the same race."""
+    found = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not any(folder.iterdir()):
+            _CLAIMS.append(found)
+            return True
+    os.close(found)
+    return False
+
+
 def report_folder(wanted: Path | None, scenario: str) -> Path:
     """Make the report's folder; raises ConfigurationError when *wanted* holds something already."""
     if wanted is None:
@@ -291,8 +310,9 @@ def report_folder(wanted: Path | None, scenario: str) -> Path:
             folder = base / name
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
-                return folder
-            if wanted is not None and folder.is_dir() and not any(folder.iterdir()):
+                if _claimed(folder):
+                    return folder
+            if wanted is not None and folder.is_dir() and _claimed(folder):
                 return folder
     except OSError as error:
         raise ConfigurationError(

@@ -15,6 +15,22 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
+class Named(argparse.Action):
+    """Stores a word that must not be empty: an unset variable is no wish for the default."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        """Refuse what is empty."""
+        if values == "":
+            raise argparse.ArgumentError(self, "is empty; leave it out for the default")
+        setattr(namespace, self.dest, values)
+
+
 def output(terminal: Terminal) -> Output:
     """A run's lines, on *terminal*."""
     return Output(terminal.say, terminal.progress, terminal.begins)

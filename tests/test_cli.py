@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from qemu_ioasid import session
+from qemu_ioasid.errors import ConfigurationError
+from qemu_ioasid.kernel import Kernel
 from tests.conftest import Command
 
 
@@ -90,6 +95,57 @@ def test_a_report_folder_in_use_keeps_what_is_in_it(command: Command, tmp_path: 
     assert ended.code == 2
     assert "--report there" in one_line(ended.err)
     assert (tmp_path / "there/file").read_text() == "x"
+
+
+def test_a_report_folder_is_one_runs_alone(tmp_path: Path) -> None:
+    """Of two that are told the same one has it, whether it was there or not."""
+    folder = session.report_folder(tmp_path / "there", "x")
+    assert folder == tmp_path / "there"
+    with pytest.raises(ConfigurationError, match="is there already"):
+        session.report_folder(tmp_path / "there", "x")
+    (tmp_path / "made").mkdir()
+    session.report_folder(tmp_path / "made", "x")
+    with pytest.raises(ConfigurationError, match="is there already"):
+        session.report_folder(tmp_path / "made", "x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "--kernel", "", "boot"), "--kernel: is empty"),
+        (("run", "--series", ""), "--series: is empty"),
+        (("run", ""), "scenario : unknown"),
+        (("run", "--set", "host.memory=8192G"), "host.memory: must be at most 1024G"),
+        (("run", "--replay", "/dev/null", "--seed", "3"), "--seed: a program that is replayed"),
+        (("bench", "--edit", "a.c", "--restores", "3"), "--edit and --restores: one of the two"),
+        (("bench", "--edit", "/etc/passwd"), "/etc/passwd: must be a path in the kernel's tree"),
+        (("bench", "--edit", "../a.c"), "../a.c: must be a path in the kernel's tree"),
+        (("image", "build", "--mutant", "x"), "unrecognized arguments: --mutant"),
+        (("run", "--host", "local", "--config", "x"), "--config: a local host"),
+    ],
+)
+def test_what_is_not_silently_something_else(
+    command: Command, arguments: tuple[str, ...], said: str
+) -> None:
+    ended = command(*arguments)
+    assert ended.code == 2
+    assert said in ended.err and "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "said"),
+    [
+        ("kernel list >&-", 0, ""),
+        ("kernel list >/dev/full", 3, "standard output: No space left on device"),
+    ],
+)
+def test_an_output_that_takes_nothing(
+    script: str, code: int, said: str, environment: dict[str, str], built_kernel: Kernel
+) -> None:
+    program = f"{sys.executable} -m qemu_ioasid.cli {script}"
+    done = subprocess.run(["sh", "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == code
+    assert said in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

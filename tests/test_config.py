@@ -109,18 +109,33 @@ def test_changes_are_laid_over_the_file() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("host.viommu.nonesuch", "1", "rig.toml: host.viommu.nonesuch: unknown key"),
-        ("nonesuch", "1", "rig.toml: nonesuch: unknown key"),
-        ("host.cpus", "many", "rig.toml: host.cpus: must be a whole number"),
-        ("host.cpus", "1\nmemory = 2", "rig.toml: host.cpus: must be a whole number"),
-        ("host.memory.low", "1", "rig.toml: host.memory.low: no such key"),
+        ("host.viommu.nonesuch", "1", ": host.viommu.nonesuch: unknown key"),
+        ("nonesuch", "1", ": nonesuch: unknown key"),
+        ("host.cpus", "many", ": host.cpus: must be a whole number"),
+        ("host.cpus", "1\nmemory = 2", ": host.cpus: must be a whole number"),
     ],
 )
 def test_a_change_that_cannot_be(key: str, value: str, message: str) -> None:
     text = config.DEFAULT.read_text()
     with pytest.raises(ConfigurationError) as caught:
         config.parse(text, "rig.toml", {key: value})
-    assert caught.value.message.startswith(message)
+    # The file itself is right.
+    assert caught.value.message.startswith(f"rig.toml with {key}={value}{message}")
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("host.memory.low", "no such key"),
+        ("guest.g3.cpus", "no guest g3 in this file"),
+        ("mdev.z.size", "no mdev z in this file"),
+    ],
+)
+def test_a_change_of_what_is_not_there(key: str, message: str) -> None:
+    """A guest that only a misspelt name has made would be booted."""
+    with pytest.raises(ConfigurationError) as caught:
+        config.parse(config.DEFAULT.read_text(), "rig.toml", {key: "1"})
+    assert caught.value.message == f"rig.toml: {key}: {message}"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

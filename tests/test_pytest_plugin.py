@@ -68,6 +68,10 @@ def test_has(shared_rig):
 def test_misspelt(shared_rig):
     pass
 
+@pytest.mark.ioasid_requires("pasid-bits=999")
+def test_too_many(shared_rig):
+    pass
+
 @pytest.mark.ioasid_rig("nonesuch.toml")
 def test_no_such_file(rig):
     pass
@@ -119,7 +123,7 @@ def test_outcomes(tmp_path: Path, accelerator: str) -> None:
         **dict.fromkeys(("test_kernel_warns", "test_fails"), "FAILED"),
         "test_lacks": "SKIPPED",
         "test_has": "PASSED",
-        **dict.fromkeys(("test_misspelt", "test_no_such_file"), "ERROR"),
+        **dict.fromkeys(("test_misspelt", "test_too_many", "test_no_such_file"), "ERROR"),
     }, ended.stdout
     cases = _cases(tmp_path)
     warned = cases["test_kernel_warns"].find("failure")

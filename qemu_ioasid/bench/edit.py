@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,6 +89,9 @@ def _first_lines(spec: kernel.Spec, names: Sequence[str], output: Output) -> dic
     deadline = Deadline(BUILD_SECONDS, "kernel's source")
     _, patches, kept = kernel.resolved(spec, deadline=deadline, progress=output.progress)
     touched = {name for patch in patches for name in tree.names(patch)}
+    for name in names:
+        if os.path.isabs(name) or os.path.normpath(name) != name or name.startswith("../"):
+            raise ConfigurationError(f"--edit {name}: must be a path in the kernel's tree")
     with cache.scratch("edit") as scratch:
         kept.patched({*names, *touched}, patches, scratch, deadline)
         for name in names:

@@ -149,11 +149,6 @@ class Kernel:
         return self.folder / "config"
 
     @property
-    def system_map(self) -> Path:
-        """Symbols and addresses."""
-        return self.folder / "System.map"
-
-    @property
     def headers(self) -> Path:
         """The folder whose ``include`` holds the user-space headers."""
         return self.folder / "headers"
