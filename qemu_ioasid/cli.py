@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -42,6 +42,7 @@ from qemu_ioasid.patchwise import command as patchwise
 from qemu_ioasid.qemu import ACCELERATORS
 from qemu_ioasid.report import VERDICTS, Report, counts
 from qemu_ioasid.scenarios import SCENARIOS
+from qemu_ioasid.scenarios.table import Row, choose
 from qemu_ioasid.selftest import command as selftest
 from qemu_ioasid.session import Options, Terminated
 from qemu_ioasid.standby import Start
@@ -147,6 +148,9 @@ def _add_run(
         help="make this check only; may be given again",
     )
     run.add_argument(
+        "--list", action="store_true", help="tell the scenario's checks on the rig; boot nothing"
+    )
+    run.add_argument(
         "--coverage",
         action="store_true",
         help="have the kernel count which of the series' lines run, for qemu-ioasid coverage",
@@ -155,6 +159,26 @@ def _add_run(
     run.add_argument(
         "--rig", type=Path, metavar="FILE", help="what to boot (TOML; default: the scenario's own)"
     )
+    _add_order(run)
+    run.add_argument(
+        "--host",
+        default="vm",
+        choices=("vm", "local"),
+        help="what the guests run on: a host VM, or this machine itself, its kernel and its "
+        "/dev/iommu (root; docs/local.md)",
+    )
+    run.add_argument(
+        "--parts",
+        type=Path,
+        metavar="DIR",
+        help="with --host local: what qemu-ioasid parts made elsewhere, instead of building it",
+    )
+    _add_start(run)
+    run.set_defaults(handler=_run)
+
+
+def _add_order(run: argparse.ArgumentParser) -> None:
+    """What single scenarios take."""
     run.add_argument("--seconds", type=_count, metavar="N", help="stress: how long it lasts (60)")
     run.add_argument(
         "--operations",
@@ -174,21 +198,6 @@ def _add_run(
     run.add_argument(
         "--replay", type=Path, metavar="FILE", help="model: this program, and no other"
     )
-    run.add_argument(
-        "--host",
-        default="vm",
-        choices=("vm", "local"),
-        help="what the guests run on: a host VM, or this machine itself, its kernel and its "
-        "/dev/iommu (root; docs/local.md)",
-    )
-    run.add_argument(
-        "--parts",
-        type=Path,
-        metavar="DIR",
-        help="with --host local: what qemu-ioasid parts made elsewhere, instead of building it",
-    )
-    _add_start(run)
-    run.set_defaults(handler=_run)
 
 
 def _add_start(command: argparse.ArgumentParser) -> None:
@@ -314,7 +323,20 @@ def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
         host=arguments.host,
         parts=arguments.parts,
     )
+    if arguments.list:
+        return _list(scenario.rows(config.load(options.rig, options.changes)), arguments, terminal)
     return _ended(session.run(options, subcommand.output(terminal)), arguments, terminal)
+
+
+def _list(rows: Sequence[Row], arguments: argparse.Namespace, terminal: Terminal) -> int:
+    found = choose(rows, arguments.check)
+    if arguments.json:
+        told = [{"phase": row.phase, "name": row.name, "tried": row.tried} for row in found]
+        print(json.dumps(told, indent=2))
+        return 0
+    for row in found:
+        terminal.say(f"{row.name:24} {row.tried}")
+    return 0
 
 
 def _ended(ended: Report, arguments: argparse.Namespace, terminal: Terminal) -> int:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Text that came from a VM, harmless to show: nothing in it acts, and it has an end."""
+"""Text that came from a VM, or from a user, as it can be shown: harmless, and not too long."""
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
+from collections.abc import Sequence
 
 
 def visible(text: str) -> str:
@@ -32,3 +34,11 @@ def cut(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
     return f"{text[:limit]}… ({len(text) - limit} characters more)"
+
+
+def known(name: str, names: Sequence[str]) -> str:
+    """What to say to whoever meant one of *names* by *name*: all, or of many those like it."""
+    if len(names) <= 12:
+        return f"known are {', '.join(names)}"
+    like = ", ".join(difflib.get_close_matches(name, names, 3, 0.4))
+    return f"there are {len(names)}" + (f", {like} among them" if like else "")

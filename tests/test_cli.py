@@ -79,7 +79,19 @@ def test_unknown_scenario(command: Command) -> None:
 def test_unknown_check(command: Command) -> None:
     ended = command("run", "--check", "intra-vm", "--check", "nonesuch")
     assert ended.code == 2
-    assert "check nonesuch: unknown; known are stage-host, " in one_line(ended.err)
+    assert "check nonesuch: unknown; there are 40" in one_line(ended.err)
+
+
+def test_checks_are_listed_and_nothing_boots(command: Command, tmp_path: Path) -> None:
+    ended = command("run", "attacks", "--list", "--json")
+    found = ended.json()
+    assert len({row["name"] for row in found}) == len(found) > 100
+    assert all(row["tried"] and row["phase"] for row in found)
+    one = command("run", "--list", "--check", "inter-vm-use")
+    assert one.out.startswith("inter-vm-use ") and len(one.out.splitlines()) == 1
+    near = command("run", "--list", "--check", "inter-vm-usd")
+    assert near.code == 2 and "inter-vm-use" in one_line(near.err)
+    assert not (tmp_path / "reports").exists()
 
 
 def test_missing_rig_file(command: Command) -> None:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from qemu_ioasid import text
 from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.kernel import PATCHES
 
@@ -57,6 +58,6 @@ def find(word: str) -> Mutant:
     if path.is_file():
         return read(path)
     if not Path(word).is_file():
-        known = ", ".join(mutant.name for mutant in every())
-        raise ConfigurationError(f"mutant {word}: neither a patch file nor one of {known}")
+        said = text.known(word, [mutant.name for mutant in every()])
+        raise ConfigurationError(f"mutant {word}: no patch file, and none of {FOLDER}: {said}")
     return read(Path(word))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
+from qemu_ioasid import text
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.errors import ConfigurationError
 
@@ -110,8 +111,11 @@ def choose(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
 
     Raises ConfigurationError for a name that no row has.
     """
-    known = [row.name for row in rows]
+    names_there = [row.name for row in rows]
     for name in names:
-        if name not in known:
-            raise ConfigurationError(f"check {name}: unknown; known are {', '.join(known)}")
+        if name not in names_there:
+            said = text.known(name, names_there)
+            raise ConfigurationError(
+                f"check {name}: unknown; {said} (qemu-ioasid run SCENARIO --list)"
+            )
     return [row for row in rows if row.name in names or not names]
