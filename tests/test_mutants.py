@@ -63,7 +63,7 @@ def test_one_of_your_own(tmp_path: Path) -> None:
     patch.write_text("From 0\nSubject: [PATCH] Drops one.\n\n--- a/x\n+++ b/x\n")
     assert mutant.find(str(patch)).breaks == "Drops one."
     with pytest.raises(
-        ConfigurationError, match="no patch file, and none of .*/mutants: there are"
+        ConfigurationError, match=r"no patch file, and none of .*/mutants: there are"
     ):
         mutant.find("nonesuch")
 
