@@ -155,8 +155,8 @@ class _Wish:
     """The configuration and options of one test, its requirements met."""
 
     def __init__(self, item: pytest.Item, variant: Variant | None) -> None:
-        self.options = _options(item.config)
         try:
+            self.options = _options(item.config)
             if variant is not None:
                 self.options = variant.options(self.options)
             self.config = _shape(item, self.options.changes)

@@ -137,10 +137,18 @@ def laid_out(origin: Origin, deadline: Deadline, progress: Progress) -> tree.Tre
     return tree.Tree(place)
 
 
+_KINDS = ("debian", "tree", "tarball", "image")
+
+
 def anchored(word: str, folder: Path) -> str:
-    """*word* with its paths, which count from *folder* or begin with ``~``, made absolute."""
+    """*word* with its paths, which count from *folder* or begin with ``~``, made absolute.
+
+    Raises ConfigurationError for a word of no form there is, before anything is done for it.
+    """
     kind, _, rest = word.partition(":")
-    if not rest or kind == "debian":
+    if word and not (rest and kind in _KINDS):
+        raise ConfigurationError(f"kernel {word}: must be one of {FORMS}")
+    if kind in ("", "debian"):
         return word
     path, modules, place = rest.partition(",modules=") if kind == "image" else (rest, "", "")
     paths = [str(folder.absolute() / os.path.expanduser(each)) for each in (path, place) if each]
