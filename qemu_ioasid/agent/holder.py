@@ -13,6 +13,7 @@ import threading
 from contextlib import ExitStack
 
 from qemu_ioasid.agent.descriptor import Descriptor
+from qemu_ioasid.agent.iommufd import Iommufd
 from qemu_ioasid.agent.opendevice import completions
 from qemu_ioasid.agent.pdma import Ring
 from qemu_ioasid.agent.server import Server
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-    from qemu_ioasid.agent.iommufd import Iommufd
     from qemu_ioasid.agent.spawn import Spawner
 
     Json = dict[str, Any]
@@ -32,12 +32,17 @@ if TYPE_CHECKING:
 class Holder:
     """The child: operations on the device's file."""
 
-    def __init__(self, device: int) -> None:
-        """device is the file's number in this process."""
-        # Not the parent's object: one of its threads may hold that one's lock for ever.
+    def __init__(self, device: int, iommufd: int) -> None:
+        """Both are the files' numbers in this process."""
+        # Not the parent's objects: one of its threads may hold their locks for ever.
         self._device = VfioDevice(Descriptor(device, "the holder's device"), "")
-        names = ("attach", "detach", "reset", "submit")
+        self._iommufd = Iommufd(Descriptor(iommufd, "the holder's iommufd"))
+        names = ("bind", "attach", "detach", "reset", "submit")
         self.operations: Mapping[str, Callable[..., Any]] = {n: getattr(self, n) for n in names}
+
+    def bind(self) -> None:
+        """Binds the device to the iommufd: to the driver this process is who has opened it."""
+        self._device.bind(self._iommufd)
 
     def attach(self, pasid: int, ioas: int) -> None:
         """Puts a PASID into the device's list."""
@@ -72,7 +77,7 @@ class _Running:
             held = lent.enter_context(iommufd.descriptor.borrowed())
 
             def serve() -> None:
-                Server(theirs, mine).serve(Holder(file).operations)
+                Server(theirs, mine).serve(Holder(file, held).operations)
 
             self.pid = spawner.fork(serve, [theirs, mine, file, held])
             stack.callback(os.waitpid, self.pid, 0)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import threading
 from contextlib import ExitStack, suppress
+from itertools import chain
 
 from qemu_ioasid.agent.deadline import wait_for
 from qemu_ioasid.agent.descriptor import Descriptor
@@ -19,7 +21,7 @@ from qemu_ioasid.agent.pdma import Ring
 from qemu_ioasid.agent.procfs import task_state
 from qemu_ioasid.agent.uapi import iommufd as iommufd_uapi
 from qemu_ioasid.agent.uapi import vfio as uapi
-from qemu_ioasid.agent.vfio import MDEV_DEVICES, VfioDevice
+from qemu_ioasid.agent.vfio import MDEV_DEVICES, Region, VfioDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class Raw:
         # fault.c gives a file for each fault queue
         self._queues: list[int] = []
         self._pinned: dict[str, Descriptor] = {}
+        self._events: dict[str, list[Descriptor]] = {}
         names = (
             "raw_attach",
             "raw_detach",
@@ -68,7 +71,7 @@ class Raw:
             "file_close",
         )
         more = ("file_submit", "iommufd_close", "hwpt_alloc", "fault_queue_alloc", "wait_worker")
-        pages = ("file_access", "region_pin", "region_pinned")
+        pages = ("file_access", "region_pin", "region_pinned", "raw_irqs", "irqs_seen")
         self.operations: Mapping[str, Callable[..., Any]] = {
             name: getattr(self, name) for name in (*names, *more, *pages)
         }
@@ -188,19 +191,50 @@ class Raw:
         self._queues.append(int(argument.out_fault_fd))
         return {"fault_queue": int(argument.out_fault_id)}
 
-    def file_access(self, device: str, like: str, region: int, how: str) -> None:
-        """A read, a write of zeros or a map at a region's start, without the ioctl that tells it.
+    def file_access(
+        self, device: str, like: str, region: int, how: str, offset: int = 0, length: int = 4
+    ) -> Json:
+        """A read, a write of zeros or a map in a region, without the ioctl that tells where it is.
 
-        like is a bound file of a device of the same kind, which knows where that is.
+        like is a bound file of a device of the same kind, which knows.
         """
         place = self.device(like).region(region)
         target = self.device(device)
         if how == "read":
-            target.read(place, 0, 4)
-        elif how == "write":
-            target.write(place, 0, bytes(4))
-        else:
-            target.map(place).close()
+            return {"hex": target.read(place, offset, length).hex()}
+        if how == "write":
+            target.write(place, offset, bytes(length))
+            return {"hex": ""}
+        with target.map(Region(region, place.flags, length, place.offset + offset)) as mapped:
+            return {"hex": mapped[:].hex()}
+
+    def raw_irqs(self, device: str, start: int, count: int) -> None:
+        """Names an eventfd for each of the MSI-X vectors, and keeps those whatever comes."""
+        events = [
+            Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), f"{device}: vector {n}")
+            for n in range(start, start + count)
+        ]
+        self._events.setdefault(device, []).extend(events)
+        with ExitStack() as borrowed:
+            fds = [borrowed.enter_context(event.borrowed()) for event in events]
+            self.device(device).set_irqs(
+                uapi.VFIO_PCI_MSIX_IRQ_INDEX,
+                uapi.VFIO_IRQ_SET_ACTION_TRIGGER | uapi.VFIO_IRQ_SET_DATA_EVENTFD,
+                start,
+                count,
+                struct.pack(f"={count}i", *fds),
+            )
+
+    def irqs_seen(self, device: str) -> Json:
+        """How often each of those was raised since it was named or read."""
+        counts = []
+        for event in self._events[device]:
+            with event.borrowed() as fd:
+                try:
+                    counts.append(os.eventfd_read(fd))
+                except BlockingIOError:
+                    counts.append(0)
+        return {"counts": counts}
 
     def region_pin(self, device: str, region: int) -> None:
         """Keeps hold of a region's pages, which nothing but an open file of a device may have.
@@ -247,5 +281,8 @@ class Raw:
                 stack.callback(self.file_close, name)
             while self._pinned:
                 stack.callback(self._pinned.popitem()[1].close)
+            for event in chain.from_iterable(self._events.values()):
+                stack.callback(event.close)
+            self._events.clear()
             while self._queues:
                 stack.callback(os.close, self._queues.pop())

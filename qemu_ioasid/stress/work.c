@@ -81,33 +81,54 @@ int ring_reset(struct device *device)
 	return ret;
 }
 
+/* In no space the bytes that are there already: such work could not be told from none */
+static bool shows(const struct holder *holder, const struct pdma_desc *desc)
+{
+	unsigned int space;
+
+	for (space = 0; space < SPACES; space++)
+		if (!memcmp(holder->images[space] + (desc->src - IOVA),
+			    holder->images[space] + (desc->dst - IOVA),
+			    desc->length))
+			return false;
+	return true;
+}
+
+static void place(const struct device *device, struct job *job, unsigned int chunk)
+{
+	unsigned int lane = LANES + device->number;
+	unsigned int length = 1 + chance(CHUNK / 2);
+
+	job->desc.length = length;
+	job->desc.src = IOVA + SOURCE * PAGE + chance(PAGE - length);
+	job->desc.dst = IOVA + lane * PAGE + chunk * CHUNK +
+			chance(CHUNK - length);
+	if (job->aim)
+		job->desc.dst = IOVA + chance(PAGE - length) +
+				(job->aim == READ_ONLY ? SOURCE * PAGE : 0);
+}
+
 static void plan(struct device *device, struct job *job, unsigned int chunk)
 {
-	unsigned int lane = LANES + device->number, kind = chance(20);
-	unsigned int length = 1 + chance(CHUNK / 2);
-	unsigned int pasid = 1 + chance(PASIDS);
+	unsigned int pasid = 1 + chance(PASIDS), kind = chance(20);
 
 	memset(job, 0, sizeof(*job));
 	if (kind == 0)
 		pasid = OWN;
 	else if (kind == 1)
 		pasid = chance(2) ? PASIDS + 1 + chance(4) : 1 << 20;
+	else if (kind == 2)
+		job->aim = UNMAPPED;
+	else if (kind == 3)
+		job->aim = READ_ONLY;
 	if (pasid <= PASIDS)
 		job->slot = &device->slots[pasid];
 	job->desc.opcode = PDMA_OP_COPY;
 	job->desc.flags = pasid == OWN ? 0 : PDMA_DESC_PASID;
 	job->desc.pasid = pasid;
-	job->desc.length = length;
-	job->desc.src = IOVA + SOURCE * PAGE + chance(PAGE - length);
-	job->desc.dst = IOVA + lane * PAGE + chunk * CHUNK +
-			chance(CHUNK - length);
-	if (kind == 2)
-		job->aim = UNMAPPED;
-	else if (kind == 3)
-		job->aim = READ_ONLY;
-	if (job->aim)
-		job->desc.dst = IOVA + chance(PAGE - length) +
-				(job->aim == READ_ONLY ? SOURCE * PAGE : 0);
+	do
+		place(device, job, chunk);
+	while (!shows(holder_of(device), &job->desc));
 }
 
 static const char *told(const struct job *job)

@@ -22,6 +22,6 @@ def listed(heading: str) -> set[str]:
 
 def test_operations_are_documented() -> None:
     both = listed("Both roles")
-    assert set(Holder(0).operations) == listed("Holder role")
+    assert set(Holder(0, 0).operations) == listed("Holder role")
     assert set(Host(lambda line: None).operations) == listed("Host role") | both
     assert set(Guest().operations) == listed("Guest role") | both

@@ -51,7 +51,16 @@ def _freed(ground: Ground, device: str) -> tuple[int, Grant]:
 
 def _moved_on(ground: Ground, device: str) -> tuple[int, Grant]:
     """What the device had is registered for a device of the other guest, with its memory."""
-    pasid, _ = _detached(ground, device)
+    return _strangers(ground, device, _detached(ground, device)[0])
+
+
+def _sixteen_alias(ground: Ground, device: str) -> tuple[int, Grant]:
+    """One that is the device's own in 16 bits is registered for a device of the other guest."""
+    return _strangers(ground, device, ground.standing(device).pasid ^ 1 << 16)
+
+
+def _strangers(ground: Ground, device: str, pasid: int) -> tuple[int, Grant]:
+    """*pasid*, registered for a device of the other guest with that one's memory."""
     stranger = ground.stranger(device)
     guest = ground.owner[stranger]
     offset = ground.slot(guest)
@@ -68,6 +77,7 @@ PASIDS: Mapping[str, Named] = {
     "detached": Named("that was detached", _detached),
     "freed": Named("that was detached and freed", _freed),
     "moved-on": Named("that was its own and is the other guest's now", _moved_on),
+    "sixteen-alias": Named("of the other guest's, its own but for bit 16", _sixteen_alias),
     "zero": Named("0", _own(lambda pasid: 0)),
     "last": Named("2^20 - 1, the last there is", _own(lambda pasid: WIDTH - 1)),
     "width": Named("2^20, one past the last", _own(lambda pasid: WIDTH)),

@@ -12,8 +12,17 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from qemu_ioasid.config import RigConfig
-from qemu_ioasid.scenarios.acts import OWN_IOVA, SLOT
-from qemu_ioasid.scenarios.attacks.ground import BASE, DONE, REFUSED, SPARE, WIDTH, Grant, Ground
+from qemu_ioasid.scenarios.acts import LENGTH, OWN_IOVA, SLOT, SOURCE_AT
+from qemu_ioasid.scenarios.attacks.ground import (
+    BASE,
+    DONE,
+    REFUSED,
+    SPARE,
+    UNMAPPED,
+    WIDTH,
+    Grant,
+    Ground,
+)
 from qemu_ioasid.scenarios.checks import Skipped, Trial
 from qemu_ioasid.scenarios.table import Row
 
@@ -283,6 +292,7 @@ COPY_OUTS = {
     "list": "no PASID is registered",
     "own": "the device's own address space stays attached",
     "replace": "a PASID that was registered is so no more, whatever it named",
+    "own-attach": "of the device's own address space: work without a PASID has none",
 }
 
 
@@ -300,9 +310,15 @@ def copy_out(ground: Ground, trial: Trial, what: str) -> None:
         if what == "replace":
             empty = ground.registrar.ioas(iommufd)
             ground.host.call("raw_attach", device=spare, pasid=pasid, ioas=empty)
+        named = None if what == "own-attach" else pasid
         with trial.refusal("EFAULT", "attach"):
-            ground.host.call("raw_attach", device=spare, pasid=pasid, ioas=ioas, readonly=True)
-        if what == "own":
+            ground.host.call("raw_attach", device=spare, pasid=named, ioas=ioas, readonly=True)
+        if what == "own-attach":
+            at = grant.iova + SOURCE_AT
+            with ground.witnesses.around(trial, reads=(at, LENGTH)):
+                work = ground.work(None, grant.iova)
+                ground.does(trial, "host", spare, work, UNMAPPED["source"], at)
+        elif what == "own":
             with ground.moving(trial, grant):
                 ground.does(trial, "host", spare, ground.work(None, grant.iova), DONE)
         else:
@@ -318,6 +334,7 @@ SHARING = {
     "second-leaves": "the device that joined a shared PASID leaves it",
     "both-leave": "both devices leave a shared PASID",
     "detach-other": "a device detaches a PASID that it has not",
+    "again": "both devices register a shared PASID again, for the IOAS that it names",
 }
 
 
@@ -332,6 +349,11 @@ def sharing(ground: Ground, trial: Trial, name: str) -> None:
         ground.allowed(trial, grant)
         return
     grant = _shared(ground)
+    if name == "again":
+        for device in (ground.a, ground.b):
+            ground.host.call("raw_attach", device=device, pasid=grant.pasid, ioas=grant.ioas)
+        ground.allowed(trial, replace(grant, device=ground.b))
+        return
     leaves, stays = (ground.a, ground.b) if name == "first-leaves" else (ground.b, ground.a)
     ground.registrar.unregister(leaves, grant.pasid)
     if name == "both-leave":

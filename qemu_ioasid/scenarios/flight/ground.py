@@ -23,6 +23,8 @@ PLAIN = SLOW + CHUNK
 #: What a fill stores.
 PATTERN = 0x5A5A_5A5A_5A5A_5A5A
 STORED = "5a"
+#: What STATUS says while there is work.
+BUSY = 1
 #: The process that is killed while it waits.
 HOLDER = "holder"
 #: How long what must wait is watched for returning.
@@ -126,15 +128,29 @@ class Flight:
         found = self.host.call("slow_read", handle=handle, offset=0, length=CHUNK)["hex"]
         trial.require(found == "00" * CHUNK, f"{what} has been carried out")
 
-    def state(self, pasid: int) -> str:
-        """What the kernel's list says of *pasid*; "" when it is not there."""
+    def listed(self, pasid: int) -> dict[str, Any]:
+        """What the kernel's list says of *pasid*; nothing when it is not there."""
         found = self.host.call("kernel_list", device=self.device)
-        return next((str(each["state"]) for each in found if each["pasid"] == pasid), "")
+        return next((each for each in found if each["pasid"] == pasid), {})
+
+    def tabled(self, pasid: int) -> dict[str, Any]:
+        """What the parent's table says of it."""
+        found = self.host.call("kernel_table")
+        return next((each for each in found if each["pasid"] == pasid), {})
+
+    def register(self, name: str) -> int:
+        """A register of the device."""
+        return int(self.host.call("device_registers", name=self.device)[name])
 
     def counts(self) -> tuple[int, int]:
         """TAIL and HEAD."""
-        registers = self.host.call("device_registers", name=self.device)
-        return registers["TAIL"], registers["HEAD"]
+        return self.register("TAIL"), self.register("HEAD")
+
+    def ends(self) -> None:
+        """Return when the device has ended all its work, and raised what that raises."""
+        deadline = Deadline(20, "end of all work")
+        while self.register("HEAD") != self.register("TAIL"):
+            deadline.remaining()
 
     def waits(self, trial: Trial, call: Pending, what: str, handle: int) -> Any:
         """Require *call* to return after the release of the memory of *handle*, and not before."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from qemu_ioasid.deadline import calibration
 from qemu_ioasid.scenarios.checks import Trial, told
 from qemu_ioasid.scenarios.flight.ground import (
+    BUSY,
     CHUNK,
     PAGE,
     PLAIN,
@@ -24,6 +25,8 @@ def detach(flight: Flight, trial: Trial) -> None:
     space = flight.registered()
     ticket = flight.submit(fill(space.pasid, SLOW), fill(space.pasid, PLAIN))
     flight.asleep(space.slow)
+    shown = flight.listed(space.pasid)["inflight"], flight.register("STATUS") & BUSY
+    trial.require(shown == (1, BUSY), f"work in flight and STATUS are shown as {shown}")
     # In one request: what it finds is as things are when the detach returns.
     leaving = flight.host.start_several(
         ("unregister", {"device": flight.device, "pasid": space.pasid}),
@@ -62,7 +65,8 @@ def replace(flight: Flight, trial: Trial) -> None:
     flight.asleep(old.slow)
     moving = flight.host.start("replace", device=flight.device, pasid=old.pasid, ioas=new.ioas)
     flight.blocked(old)
-    trial.require(flight.state(old.pasid) == "paused", "the list does not say that work waits")
+    shown = flight.listed(old.pasid)["state"], flight.tabled(old.pasid)["state"]
+    trial.require(shown == ("paused", "busy"), f"list and table say {shown} meanwhile")
     flight.host.call("file_open", name="joining", device=flight.other)
     flight.host.call("raw_bind", device="joining", iommufd=flight.iommufd)
     with trial.refusal("EBUSY", "attach of another device meanwhile"):
@@ -88,7 +92,7 @@ def replace_killed(flight: Flight, trial: Trial) -> None:
     flight.asleep(old.slow)
     flight.waiting(trial, "attach", pasid=old.pasid, ioas=new.ioas)
     flight.kill(trial)
-    state = flight.state(old.pasid)
+    state = flight.listed(old.pasid)["state"]
     trial.require(state == "open", f"the list says {state!r} after that")
     flight.host.call("slow_release", handle=old.slow)
     flight.completions(trial, ticket, "DONE", "DONE")

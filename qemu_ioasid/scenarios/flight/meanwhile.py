@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What work under way means for other devices and for the ring, and what the next opener finds."""
+"""What work under way means for other devices, for the ring and for who has the file still."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.model.engine import COMPARE
 from qemu_ioasid.scenarios.checks import Trial
-from qemu_ioasid.scenarios.flight.ground import PLAIN, SLOW, Flight, fill
+from qemu_ioasid.scenarios.flight.ground import CHUNK, HOLDER, PLAIN, SLOW, Flight, fill
 from qemu_ioasid.scenarios.table import Table
 
-#: BAR2, by its number as a region.
-RINGS, RINGS_SIZE = 2, 0x10000
+#: The file that stays when its opener is gone.
+KEPT = "kept"
+#: So long such work is made: the driver has looked a few times by then.
+LOOKS_SECONDS = 3.5
 
 TABLE = Table()
 _BESIDE = TABLE.phase("beside work that sleeps")
-_ANEW = TABLE.phase("what the next one finds")
 
 
 @_BESIDE("beside", "use another device while a detach waits for work that sleeps")
@@ -55,40 +55,21 @@ def overrun(flight: Flight, trial: Trial) -> None:
     trial.saw("the ring full, and no fuller")
 
 
-@_ANEW("rings", "open a device anew and have it take what is in its ring")
-def rings(flight: Flight, trial: Trial) -> None:
-    """It is zeroed: NOP, which no log has. What was there before would be refused."""
-    space = flight.registered()
-    flight.completions(trial, flight.submit(fill(space.pasid, PLAIN)), "DONE")
-    flight.host.call("device_close", name=flight.device)
-    flight.host.call("device_open", name=flight.device)
-    flight.host.call("device_doorbell", name=flight.device, tail=1)
-    deadline = Deadline(20, "end of the descriptor in the ring")
-    while not (registers := flight.host.call("device_registers", name=flight.device))["HEAD"]:
-        deadline.remaining()
-    trial.answer(f"FAULT_COUNT {registers['FAULT_COUNT']}")
-    trial.require(not registers["FAULT_COUNT"], "the ring has the work of before")
-    trial.saw("nothing of before in the ring")
-
-
-@_ANEW("pinned", "keep hold of a device's rings over a close, and have the next one use them")
-def pinned(flight: Flight, trial: Trial) -> None:
-    """Its work and what came of it are its own: who could write there could give it work."""
-    flight.host.call("region_pin", device=flight.device, region=RINGS)
-    flight.host.call("device_close", name=flight.device)
-    flight.host.call("device_open", name=flight.device)
-    space = flight.registered()
-    flight.completions(trial, flight.submit(fill(space.pasid, PLAIN)), "DONE")
-    kept = bytes.fromhex(flight.host.call("region_pinned", device=flight.device)["hex"])
-    trial.require(len(kept) == RINGS_SIZE, f"{len(kept)} bytes of the rings were kept")
-    trial.require(not any(kept), "who had the device before sees the next one's work")
-    trial.saw("the pages of before, and nothing in them")
-
-
-@_ANEW("past-the-rings", "read at the end of BAR2, and on")
-def past(flight: Flight, trial: Trial) -> None:
-    place: dict[str, Any] = {"name": flight.device, "region": RINGS, "offset": RINGS_SIZE - 8}
-    flight.host.call("device_read", **place, length=8)
-    with trial.refusal("EINVAL", "read of 8 bytes too many"):
-        flight.host.call("device_read", **place, length=16)
-    trial.saw("the last 8 bytes alone can be read")
+@_BESIDE("opener-gone", "have a device work on whose opener was killed, through a duplicate")
+def opener_gone(flight: Flight, trial: Trial) -> None:
+    """The driver looks after such work once a second, and ends what has slept for one only."""
+    flight.host.call("file_open", name=KEPT, device=flight.other)
+    flight.host.call("holder_start", name=HOLDER, device=KEPT, iommufd=flight.iommufd)
+    flight.host.call("holder_call", name=HOLDER, what="bind", args={})
+    space = flight.space()
+    flight.registrar.raw_attach(KEPT, space.pasid, space.ioas)
+    flight.kill(trial)
+    work = {"opcode": COMPARE, "pasid": space.pasid, "src": PLAIN, "dst": PLAIN, "length": CHUNK}
+    deadline, made = Deadline(60, "end of this check"), 0
+    while deadline.elapsed() < LOOKS_SECONDS:
+        done = flight.host.call("file_submit", device=KEPT, descriptors=[work] * 500, seconds=60)
+        ended = {each["status"] for each in done}
+        trial.require(ended == {"DONE"}, f"such work ended as {sorted(ended)}")
+        made += len(done)
+    trial.answer(f"{made} works, all DONE")
+    trial.saw("no work of it ended")

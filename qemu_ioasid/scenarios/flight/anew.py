@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the next opener of a device finds, and who had it before; what is shown of a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.scenarios.checks import Trial
+from qemu_ioasid.scenarios.flight.ground import PAGE, PLAIN, Flight, fill
+from qemu_ioasid.scenarios.table import Table
+
+#: Regions by their numbers: BAR0, BAR2 and the config space.
+REGISTERS, RINGS, CONFIG = 0, 2, 7
+RINGS_SIZE, COMPLETIONS = 0x10000, 0x8000
+#: The fault log in BAR0, to its end.
+LOG, REGISTERS_SIZE = 0x800, 0x1000
+#: PCI_COMMAND (include/uapi/linux/pci_regs.h), and what the agent sets there.
+COMMAND, ENABLED = 4, "0600"
+#: So many PASIDs take several reads of the list.
+MANY = 600
+NOP = 0
+
+TABLE = Table()
+_CHECK = TABLE.phase("what the next one finds, and what is shown")
+
+
+@_CHECK("rings", "open a device anew and have it take what is in its ring")
+def rings(flight: Flight, trial: Trial) -> None:
+    """It is zeroed: NOP, which no log has. What was there before would be refused."""
+    space = flight.registered()
+    flight.completions(trial, flight.submit(fill(space.pasid, PLAIN)), "DONE")
+    flight.host.call("device_close", name=flight.device)
+    flight.host.call("device_open", name=flight.device)
+    flight.host.call("device_doorbell", name=flight.device, tail=1)
+    deadline = Deadline(20, "end of the descriptor in the ring")
+    while not (registers := flight.host.call("device_registers", name=flight.device))["HEAD"]:
+        deadline.remaining()
+    trial.answer(f"FAULT_COUNT {registers['FAULT_COUNT']}")
+    trial.require(not registers["FAULT_COUNT"], "the ring has the work of before")
+    trial.saw("nothing of before in the ring")
+
+
+@_CHECK("pinned", "keep hold of a device's rings over a close, and have the next one use them")
+def pinned(flight: Flight, trial: Trial) -> None:
+    """Its work and what came of it are its own: who could write there could give it work."""
+    flight.host.call("region_pin", device=flight.device, region=RINGS)
+    flight.host.call("device_close", name=flight.device)
+    flight.host.call("device_open", name=flight.device)
+    space = flight.registered()
+    flight.completions(trial, flight.submit(fill(space.pasid, PLAIN)), "DONE")
+    kept = bytes.fromhex(flight.host.call("region_pinned", device=flight.device)["hex"])
+    trial.require(len(kept) == RINGS_SIZE, f"{len(kept)} bytes of the rings were kept")
+    trial.require(not any(kept), "who had the device before sees the next one's work")
+    trial.saw("the pages of before, and nothing in them")
+
+
+@_CHECK("past-the-rings", "read at the end of BAR2, and on")
+def past(flight: Flight, trial: Trial) -> None:
+    place: dict[str, Any] = {"name": flight.device, "region": RINGS, "offset": RINGS_SIZE - 8}
+    flight.host.call("device_read", **place, length=8)
+    with trial.refusal("EINVAL", "read of 8 bytes too many"):
+        flight.host.call("device_read", **place, length=16)
+    trial.saw("the last 8 bytes alone can be read")
+
+
+@_CHECK("map", "map BAR2 from its completions on")
+def mapped(flight: Flight, trial: Trial) -> None:
+    space = flight.registered()
+    flight.completions(trial, flight.submit(fill(space.pasid, PLAIN)), "DONE")
+    place: dict[str, Any] = {
+        "like": flight.device,
+        "region": RINGS,
+        "offset": COMPLETIONS,
+        "length": PAGE,
+    }
+    found = {
+        how: flight.host.call("file_access", device=flight.device, how=how, **place)["hex"]
+        for how in ("read", "map")
+    }
+    trial.require(any(bytes.fromhex(found["read"])), "there is no completion")
+    trial.require(found["read"] == found["map"], "another part of the BAR is mapped")
+    trial.saw("the same as is read there")
+
+
+@_CHECK("records", "read the fault log after a reset, and as the next opener")
+def records(flight: Flight, trial: Trial) -> None:
+    for how in ("device_reset", "device_close"):
+        space = flight.space()
+        flight.completions(trial, flight.submit(fill(space.pasid, PLAIN)), "REFUSED")
+        trial.require(any(_log(flight)), "there is no record of that")
+        flight.host.call(how, name=flight.device)
+        if how == "device_close":
+            flight.host.call("device_open", name=flight.device)
+        trial.require(not any(_log(flight)), f"records of before are left after {how}")
+    trial.saw("no record of before")
+
+
+def _log(flight: Flight) -> bytes:
+    words = [
+        (
+            "device_read",
+            {"name": flight.device, "region": REGISTERS, "offset": at, "length": 4},
+        )
+        for at in range(LOG, REGISTERS_SIZE, 4)
+    ]
+    answers = flight.host.start_several(*words).result(Deadline(20, "the fault log"))
+    return b"".join(bytes.fromhex(each["hex"]) for each in answers)
+
+
+@_CHECK("config", "read PCI_COMMAND as the next opener, and after a reset")
+def config(flight: Flight, trial: Trial) -> None:
+    place: dict[str, Any] = {"region": CONFIG, "offset": COMMAND, "length": 2, "how": "read"}
+
+    def command(file: str) -> str:
+        found = flight.host.call("file_access", device=file, like=file, **place)
+        return str(found["hex"])
+
+    trial.require(command(flight.device) == ENABLED, "the agent has not enabled the device")
+    flight.host.call("device_close", name=flight.device)
+    flight.host.call("device_open", name=flight.other)
+    flight.host.call("file_open", name="next", device=flight.device)
+    flight.host.call("raw_bind", device="next", iommufd=f"agent:{flight.other}")
+    trial.require(command("next") == "0000", "the next opener finds it enabled")
+    flight.host.call("raw_reset", device=flight.other)
+    trial.require(command(flight.other) == "0000", "it is enabled after a reset")
+    trial.answer("0, twice")
+    trial.saw("as it was made")
+
+
+@_CHECK("vectors", "name eventfds, close, and have the next opener's work raise its own")
+def vectors(flight: Flight, trial: Trial) -> None:
+    for which in ("own", "before"):
+        flight.host.call("raw_irqs", device=flight.device, start=0, count=2)
+        if which == "before":
+            flight.host.call("irqs_seen", device=flight.device)
+            flight.host.call("device_close", name=flight.device)
+            flight.host.call("device_open", name=flight.device)
+        done: dict[str, Any] = {"opcode": NOP, "pasid": None, "interrupt": True}
+        flight.completions(trial, flight.submit(done), "DONE")
+        flight.ends()
+        seen = flight.host.call("irqs_seen", device=flight.device)["counts"]
+        trial.require(seen[-2:] == ([1, 0] if which == "own" else [0, 0]), f"{which}: {seen}")
+        flight.completions(trial, flight.submit(fill(1, PLAIN)), "REFUSED")
+        flight.ends()
+        seen = flight.host.call("irqs_seen", device=flight.device)["counts"]
+        trial.require(seen[-2:] == ([0, 1] if which == "own" else [0, 0]), f"{which}: {seen}")
+    with trial.refusal("EINVAL", "a third vector"):
+        flight.host.call("raw_irqs", device=flight.device, start=2, count=1)
+    trial.saw("each its own, and none of the next one's")
+
+
+@_CHECK("long-list", f"read a list of {MANY} PASIDs")
+def long_list(flight: Flight, trial: Trial) -> None:
+    """It takes several reads, and each goes on where the one before has ended."""
+    space = flight.space()
+    pasids = range(space.pasid + 1, space.pasid + 1 + MANY)
+    flight.registrar.register_many(flight.device, flight.iommufd, [pasids], [space.ioas])
+    for name, found in (
+        ("list", flight.registrar.kernel_list(flight.device)),
+        ("table", flight.registrar.kernel_table()),
+    ):
+        trial.answer(f"{name}: {len(found)}")
+        trial.require(found == [*pasids], f"the {name} is not what was registered")
+    trial.saw("all of them, once each, in order")
