@@ -36,6 +36,7 @@
 #define ALL_DEVICES	(HOLDERS * DEVICES)
 #define SPACES		3			/* of a holder */
 #define PASIDS		6			/* 1 to PASIDS, whoever is faster */
+#define SPINS		500			/* looks at a record without a pause */
 #define OWN		0			/* the slot of work without one */
 
 #define PAGE		4096UL

@@ -232,6 +232,8 @@ static void judge(struct holder *holder, struct device *device, struct job *job,
 	default:
 		wrong = "no such status";
 	}
+	if (job->done.pasid != job->desc.pasid)
+		wrong = wrong ?: "a record that is not of this work";
 	if (!job->slot || job->before == job->after) {
 		count(JUDGED);
 		wrong = wrong ?: settled(job, mapped[space],
@@ -254,7 +256,7 @@ static bool wait_for(struct device *device, struct job *jobs, unsigned int many,
 		     unsigned int resets)
 {
 	double end = now() + STUCK;
-	unsigned int i, turns = 0;
+	unsigned int i, spins, turns = 0;
 
 	for (i = 0; i < many; i++) {
 		struct job *job = &jobs[i], *next = i + 1 < many ? job + 1 : NULL;
@@ -262,7 +264,12 @@ static bool wait_for(struct device *device, struct job *jobs, unsigned int many,
 
 		for (;;) {
 			later = next ? word(next) : 0;
-			if (ring_done(device, device->tail + i, &job->done))
+			/* As soon as it can be seen: the rest is to be there then */
+			for (spins = 0; spins < SPINS; spins++)
+				if (ring_done(device, device->tail + i,
+					      &job->done))
+					break;
+			if (spins < SPINS)
 				break;
 			if (next)
 				next->before = later;
