@@ -128,23 +128,29 @@ def config(flight: Flight, trial: Trial) -> None:
     trial.saw("as it was made")
 
 
+#: Work by what it does, how it ends, and how often it raises either vector.
+RAISING: tuple[tuple[dict[str, Any], str, list[int]], ...] = (
+    ({"opcode": NOP, "pasid": None, "interrupt": True}, "DONE", [1, 0]),
+    ({"opcode": NOP, "pasid": None}, "DONE", [0, 0]),
+    (fill(1, PLAIN), "REFUSED", [0, 1]),
+)
+
+
 @_CHECK("vectors", "name eventfds, close, and have the next opener's work raise its own")
 def vectors(flight: Flight, trial: Trial) -> None:
-    for which in ("own", "before"):
-        flight.host.call("raw_irqs", device=flight.device, start=0, count=2)
-        if which == "before":
-            flight.host.call("irqs_seen", device=flight.device)
-            flight.host.call("device_close", name=flight.device)
-            flight.host.call("device_open", name=flight.device)
-        done: dict[str, Any] = {"opcode": NOP, "pasid": None, "interrupt": True}
-        flight.completions(trial, flight.submit(done), "DONE")
+    def raised(work: dict[str, Any], status: str) -> list[int]:
+        flight.completions(trial, flight.submit(work), status)
         flight.ends()
-        seen = flight.host.call("irqs_seen", device=flight.device)["counts"]
-        trial.require(seen[-2:] == ([1, 0] if which == "own" else [0, 0]), f"{which}: {seen}")
-        flight.completions(trial, flight.submit(fill(1, PLAIN)), "REFUSED")
-        flight.ends()
-        seen = flight.host.call("irqs_seen", device=flight.device)["counts"]
-        trial.require(seen[-2:] == ([0, 1] if which == "own" else [0, 0]), f"{which}: {seen}")
+        return list(flight.host.call("irqs_seen", device=flight.device)["counts"])
+
+    flight.host.call("raw_irqs", device=flight.device, start=0, count=2)
+    for work, status, expected in RAISING:
+        found = raised(work, status)
+        trial.require(found == expected, f"{work} raised {found}")
+    flight.host.call("device_close", name=flight.device)
+    flight.host.call("device_open", name=flight.device)
+    for work, status, _ in RAISING:
+        trial.require(not any(raised(work, status)), "the next one's work raised those of before")
     with trial.refusal("EINVAL", "a third vector"):
         flight.host.call("raw_irqs", device=flight.device, start=2, count=1)
     trial.saw("each its own, and none of the next one's")
