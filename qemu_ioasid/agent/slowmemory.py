@@ -167,6 +167,11 @@ class SlowMemories:
 
     def close(self) -> None:
         """Releases, unmaps and frees all of them."""
+        # An unmap of one waits for whoever sleeps in another of the same IOAS.
+        with self._lock:
+            every = list(self._slow.values())
+        for slow in every:
+            slow.release()
         with ExitStack() as stack:
             for handle in list(self._slow):
                 stack.callback(self.close_one, handle)
