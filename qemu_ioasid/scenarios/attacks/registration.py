@@ -292,8 +292,9 @@ COPY_OUTS = {
     "list": "no PASID is registered",
     "own": "the device's own address space stays attached",
     "replace": "a PASID that was registered is so no more, whatever it named",
-    "own-attach": "of the device's own address space: work without a PASID has none",
 }
+#: Linux as released does this one right.
+UNWRITTEN_OWN = "own-attach"
 
 
 def copy_out(ground: Ground, trial: Trial, what: str) -> None:
@@ -310,10 +311,10 @@ def copy_out(ground: Ground, trial: Trial, what: str) -> None:
         if what == "replace":
             empty = ground.registrar.ioas(iommufd)
             ground.host.call("raw_attach", device=spare, pasid=pasid, ioas=empty)
-        named = None if what == "own-attach" else pasid
+        named = None if what == UNWRITTEN_OWN else pasid
         with trial.refusal("EFAULT", "attach"):
             ground.host.call("raw_attach", device=spare, pasid=named, ioas=ioas, readonly=True)
-        if what == "own-attach":
+        if what == UNWRITTEN_OWN:
             at = grant.iova + SOURCE_AT
             with ground.witnesses.around(trial, reads=(at, LENGTH)):
                 work = ground.work(None, grant.iova)
@@ -409,6 +410,15 @@ def rows(config: RigConfig, parts: Mapping[str, str]) -> list[Row]:
         )
         for name, said in COPY_OUTS.items()
     ]
+    found.append(
+        Row(
+            "copy-out",
+            "unwritten-own",
+            "the argument may only be read: work without a PASID has no address space",
+            copy_out,
+            (UNWRITTEN_OWN,),
+        )
+    )
     found += [
         Row("shared", f"shared-{name}", said, sharing, (name,)) for name, said in SHARING.items()
     ]
