@@ -99,6 +99,7 @@ static void open_one(struct holder *holder, struct device *device)
 		complain("device %u: TAIL %u when it is opened", device->number,
 			 tail);
 	device->tail = 0;
+	device->settled = atomic_load(&device->resets);
 	device->ring = device_ring(device->fd);
 	if (!device->ring)
 		give_up("ring", -errno);

@@ -137,7 +137,7 @@ static void probe(struct holder *holder, struct device *device,
 	enum act what = chance(ACTS);
 	bool over = false;
 
-	if (resets & 1)
+	if (resets != device->settled)
 		return;
 	ring_put(device, device->tail, &desc);
 	device_doorbell(device->fd, device->tail + 1);

@@ -82,6 +82,7 @@ struct device {
 	uint32_t tail;
 	pthread_mutex_t reset_lock;
 	_Atomic unsigned int resets;	/* odd: one is under way */
+	unsigned int settled;		/* the resets that tail is after */
 	struct slot slots[PASIDS + 1];
 };
 

@@ -53,11 +53,14 @@ void ring_settle(struct device *device)
 	uint32_t head, tail;
 
 	while (now() < end) {
-		if (!(atomic_load(&device->resets) & 1) &&
+		unsigned int resets = atomic_load(&device->resets);
+
+		if (!(resets & 1) &&
 		    device_register(device->fd, PDMA_REG_TAIL, &tail) == 4 &&
 		    device_register(device->fd, PDMA_REG_HEAD, &head) == 4 &&
-		    head == tail) {
+		    head == tail && atomic_load(&device->resets) == resets) {
 			device->tail = tail;
+			device->settled = resets;
 			return;
 		}
 		nap(50);
@@ -248,6 +251,17 @@ static uint64_t word(const struct job *job)
 	return job->slot ? atomic_load(&job->slot->word) : 0;
 }
 
+static void stuck(struct device *device, uint32_t at, const struct job *job)
+{
+	uint32_t tail = 0, head = 0, status = 0;
+
+	device_register(device->fd, PDMA_REG_TAIL, &tail);
+	device_register(device->fd, PDMA_REG_HEAD, &head);
+	device_register(device->fd, PDMA_REG_STATUS, &status);
+	complain("device %u is stuck at %u (TAIL %u, HEAD %u, STATUS %#x), %s",
+		 device->number, at, tail, head, status, told(job));
+}
+
 /*
  * Wait for each job's end. A device does one after another, so that one cannot
  * have begun while its predecessor was not done. False after a reset.
@@ -276,8 +290,7 @@ static bool wait_for(struct device *device, struct job *jobs, unsigned int many,
 			if (atomic_load(&device->resets) != resets)
 				return false;
 			if (now() > end) {
-				complain("device %u is stuck, %s",
-					 device->number, told(job));
+				stuck(device, device->tail + i, job);
 				return false;
 			}
 			if (++turns < 20)
@@ -296,8 +309,9 @@ static void batch(struct holder *holder, struct device *device)
 	uint64_t mapped[SPACES];
 	struct job jobs[BATCH];
 
+	/* One that was missed has moved TAIL: more of it could overrun the ring */
 	resets = atomic_load(&device->resets);
-	if (resets & 1) {
+	if (resets != device->settled) {
 		ring_settle(device);
 		return;
 	}
