@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.model.engine import COMPARE
-from qemu_ioasid.scenarios.checks import Trial
+from qemu_ioasid.scenarios.checks import Trial, told
 from qemu_ioasid.scenarios.flight.ground import CHUNK, HOLDER, PLAIN, SLOW, Flight, fill
 from qemu_ioasid.scenarios.table import Table
 
 #: The file that stays when its opener is gone.
 KEPT = "kept"
-#: So long such work is made: the driver has looked a few times by then.
-LOOKS_SECONDS = 3.5
+#: So often such work sleeps, and so long: half of what the driver lets pass.
+SLEEPS, SLEEP_SECONDS = 7, 0.5
 
 TABLE = Table()
 _BESIDE = TABLE.phase("beside work that sleeps")
@@ -64,12 +63,17 @@ def opener_gone(flight: Flight, trial: Trial) -> None:
     space = flight.space()
     flight.registrar.raw_attach(KEPT, space.pasid, space.ioas)
     flight.kill(trial)
-    work = {"opcode": COMPARE, "pasid": space.pasid, "src": PLAIN, "dst": PLAIN, "length": CHUNK}
-    deadline, made = Deadline(60, "end of this check"), 0
-    while deadline.elapsed() < LOOKS_SECONDS:
-        done = flight.host.call("file_submit", device=KEPT, descriptors=[work] * 500, seconds=60)
-        ended = {each["status"] for each in done}
-        trial.require(ended == {"DONE"}, f"such work ended as {sorted(ended)}")
-        made += len(done)
-    trial.answer(f"{made} works, all DONE")
+    for number in range(SLEEPS):
+        iova = SLOW + (2 + number) * CHUNK
+        slow = flight.memory(space.ioas, iova)
+        work = flight.host.start(
+            "file_submit", device=KEPT, descriptors=[fill(space.pasid, iova)], seconds=60
+        )
+        flight.asleep(slow)
+        ended = work.ends_within(SLEEP_SECONDS)
+        flight.host.call("slow_release", handle=slow)
+        (done,) = work.result(Deadline(45, "end of the work"))
+        trial.require(not ended, f"work that sleeps ended: {told(done)}")
+        trial.require(done["status"] == "DONE", f"such work ended as {told(done)}")
+    trial.answer(f"{SLEEPS} works, all DONE")
     trial.saw("no work of it ended")
