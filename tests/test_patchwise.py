@@ -274,7 +274,9 @@ def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Called:
         patches = [tmp_path / f"{number:04}-x.patch" for number in (1, 2)]
         monkeypatch.setattr(runs, "run", run)
         monkeypatch.setattr(kernel, "build", lambda spec, **others: built)
-        monkeypatch.setattr(kernel, "resolved", lambda spec, **others: ("x", patches, None))
+        monkeypatch.setattr(
+            kernel, "resolved", lambda spec, **others: ("debian:7.2", patches, None)
+        )
         monkeypatch.setattr(patchwise, "checkpatch", lambda *words: Step("checkpatch", "pass"))
         folder = tmp_path / "report"
         parsed = cli._parser().parse_args([*words, "--report", str(folder)])
