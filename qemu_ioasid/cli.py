@@ -478,14 +478,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         _mute()
         return 141
-    except OSError as error:
-        if error.errno != errno.ENOSPC or error.filename is not None:
-            _complain(f"bug in the rig: {error!r}", traceback.format_exc())
-            return 4
-        _mute()
-        _complain("standard output: No space left on device")
-        return 3
     except Exception as error:
+        # Of our own files' room somebody has told by name.
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+            _mute()
+            _complain("standard output: No space left on device")
+            return 3
         _complain(f"bug in the rig: {error!r}", traceback.format_exc())
         return 4
     finally:

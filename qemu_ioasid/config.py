@@ -23,7 +23,7 @@ DEFAULT = Path(__file__).with_name("default.toml")
 MIB = 1 << 20
 #: A guest's RAM stays below q35's hole under 4 GiB: an address is an offset in its RAM file.
 MAX_GUEST_MEMORY = 2048 * MIB
-#: More than any machine has for a rig, and less than a file or QEMU cannot be told.
+#: More than any machine has for a rig; beyond some size no file can be made so large.
 MAX_HOST_MEMORY = 1024 * 1024 * MIB
 #: What the host VM needs beside its guests' memory.
 HOST_OVERHEAD = 256 * MIB

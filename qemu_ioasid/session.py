@@ -309,11 +309,9 @@ def report_folder(wanted: Path | None, scenario: str) -> Path:
         for name in names:
             folder = base / name
             with contextlib.suppress(FileExistsError):
-                folder.mkdir()
+                folder.mkdir(exist_ok=wanted is not None)
                 if _claimed(folder):
                     return folder
-            if wanted is not None and folder.is_dir() and _claimed(folder):
-                return folder
     except OSError as error:
         raise ConfigurationError(
             f"{error.filename}: {error.strerror}; --report takes another folder"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 import threading
 from contextlib import ExitStack, suppress
 from itertools import chain
@@ -21,6 +20,7 @@ from qemu_ioasid.agent.pdma import Ring
 from qemu_ioasid.agent.procfs import task_state
 from qemu_ioasid.agent.uapi import iommufd as iommufd_uapi
 from qemu_ioasid.agent.uapi import vfio as uapi
+from qemu_ioasid.agent.vectors import assign
 from qemu_ioasid.agent.vfio import MDEV_DEVICES, Region, VfioDevice
 
 TYPE_CHECKING = False
@@ -210,20 +210,7 @@ class Raw:
 
     def raw_irqs(self, device: str, start: int, count: int) -> None:
         """Names an eventfd for each of the MSI-X vectors, and keeps those whatever comes."""
-        events = [
-            Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), f"{device}: vector {n}")
-            for n in range(start, start + count)
-        ]
-        self._events.setdefault(device, []).extend(events)
-        with ExitStack() as borrowed:
-            fds = [borrowed.enter_context(event.borrowed()) for event in events]
-            self.device(device).set_irqs(
-                uapi.VFIO_PCI_MSIX_IRQ_INDEX,
-                uapi.VFIO_IRQ_SET_ACTION_TRIGGER | uapi.VFIO_IRQ_SET_DATA_EVENTFD,
-                start,
-                count,
-                struct.pack(f"={count}i", *fds),
-            )
+        self._events.setdefault(device, []).extend(assign(self.device(device), start, count))
 
     def irqs_seen(self, device: str) -> Json:
         """How often each of those was raised since it was named or read."""

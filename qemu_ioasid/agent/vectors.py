@@ -17,6 +17,29 @@ if TYPE_CHECKING:
 _FLAGS = os.EFD_CLOEXEC | os.EFD_NONBLOCK
 
 
+def assign(device: VfioDevice, start: int, count: int) -> list[Descriptor]:
+    """Names a new eventfd for each of count vectors from start on; the caller closes them.
+
+    Raises OSError, and then leaves none.
+    """
+    with ExitStack() as opened:
+        events = [
+            opened.enter_context(Descriptor(os.eventfd(0, _FLAGS), f"{device.name}: vector {n}"))
+            for n in range(start, start + count)
+        ]
+        with ExitStack() as borrowed:
+            fds = [borrowed.enter_context(event.borrowed()) for event in events]
+            device.set_irqs(
+                uapi.VFIO_PCI_MSIX_IRQ_INDEX,
+                uapi.VFIO_IRQ_SET_ACTION_TRIGGER | uapi.VFIO_IRQ_SET_DATA_EVENTFD,
+                start,
+                count,
+                struct.pack(f"={count}i", *fds),
+            )
+        opened.pop_all()
+    return events
+
+
 class Vectors:
     """All vectors of an open, bound device. A context manager.
 
@@ -26,22 +49,7 @@ class Vectors:
     def __init__(self, device: VfioDevice) -> None:
         self._device = device
         _, count = device.irq_info(uapi.VFIO_PCI_MSIX_IRQ_INDEX)
-        with ExitStack() as opened:
-            self._events = [
-                opened.enter_context(
-                    Descriptor(os.eventfd(0, _FLAGS), f"{device.name}: vector {n}")
-                )
-                for n in range(count)
-            ]
-            with ExitStack() as borrowed:
-                fds = [borrowed.enter_context(event.borrowed()) for event in self._events]
-                data = struct.pack(f"={count}i", *fds)
-                self._set(uapi.VFIO_IRQ_SET_DATA_EVENTFD, count, data)
-            opened.pop_all()
-
-    def _set(self, kind: int, count: int, data: bytes = b"") -> None:
-        flags = uapi.VFIO_IRQ_SET_ACTION_TRIGGER | kind
-        self._device.set_irqs(uapi.VFIO_PCI_MSIX_IRQ_INDEX, flags, 0, count, data)
+        self._events = assign(device, 0, count)
 
     def wait(self, vector: int, seconds: float) -> int:
         """How often the vector was raised since the last wait: at least once.
@@ -62,7 +70,8 @@ class Vectors:
             for event in self._events:
                 stack.callback(event.close)
             if not self._device.descriptor.closed:
-                self._set(uapi.VFIO_IRQ_SET_DATA_NONE, 0)
+                flags = uapi.VFIO_IRQ_SET_ACTION_TRIGGER | uapi.VFIO_IRQ_SET_DATA_NONE
+                self._device.set_irqs(uapi.VFIO_PCI_MSIX_IRQ_INDEX, flags, 0, 0)
 
     def __enter__(self) -> Vectors:
         return self

@@ -90,7 +90,7 @@ def _first_lines(spec: kernel.Spec, names: Sequence[str], output: Output) -> dic
     _, patches, kept = kernel.resolved(spec, deadline=deadline, progress=output.progress)
     touched = {name for patch in patches for name in tree.names(patch)}
     for name in names:
-        if os.path.isabs(name) or os.path.normpath(name) != name or name.startswith("../"):
+        if tree.leads_out(name) or os.path.normpath(name) != name:
             raise ConfigurationError(f"--edit {name}: must be a path in the kernel's tree")
     with cache.scratch("edit") as scratch:
         kept.patched({*names, *touched}, patches, scratch, deadline)

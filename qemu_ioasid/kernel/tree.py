@@ -141,11 +141,16 @@ class Tree:
         return path if path.is_file() else None
 
 
+def leads_out(name: str) -> bool:
+    """Whether *name*, of a file below a tree, is one outside of it."""
+    return name.startswith("/") or ".." in name.split("/")
+
+
 def names(patch: Path) -> set[str]:
     """The files that *patch* touches; raises ConfigurationError for one outside of the tree."""
     found = set(_NAMED.findall(patch.read_text(errors="surrogateescape")))
     for name in found:
-        if name.startswith("/") or ".." in name.split("/"):
+        if leads_out(name):
             raise ConfigurationError(f"{patch}: {name}: leads out of the tree")
         # Under two names a file would be two, and the one's original the other patched.
         if posixpath.normpath(name) != name:

@@ -111,10 +111,10 @@ def choose(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
 
     Raises ConfigurationError for a name that no row has.
     """
-    names_there = [row.name for row in rows]
+    there = [row.name for row in rows]
     for name in names:
-        if name not in names_there:
-            said = text.known(name, names_there)
+        if name not in there:
+            said = text.known(name, there)
             raise ConfigurationError(
                 f"check {name}: unknown; {said} (qemu-ioasid run SCENARIO --list)"
             )

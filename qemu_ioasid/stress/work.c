@@ -262,6 +262,18 @@ static void stuck(struct device *device, uint32_t at, const struct job *job)
 		 device->number, at, tail, head, status, told(job));
 }
 
+/* Looks again and again: the rest of a record is to be there as soon as seq is */
+static bool seen(struct device *device, uint32_t count,
+		 struct pdma_completion *done)
+{
+	unsigned int spins;
+
+	for (spins = 0; spins < SPINS; spins++)
+		if (ring_done(device, count, done))
+			return true;
+	return false;
+}
+
 /*
  * Wait for each job's end. A device does one after another, so that one cannot
  * have begun while its predecessor was not done. False after a reset.
@@ -270,7 +282,7 @@ static bool wait_for(struct device *device, struct job *jobs, unsigned int many,
 		     unsigned int resets)
 {
 	double end = now() + STUCK;
-	unsigned int i, spins, turns = 0;
+	unsigned int i, turns = 0;
 
 	for (i = 0; i < many; i++) {
 		struct job *job = &jobs[i], *next = i + 1 < many ? job + 1 : NULL;
@@ -278,12 +290,7 @@ static bool wait_for(struct device *device, struct job *jobs, unsigned int many,
 
 		for (;;) {
 			later = next ? word(next) : 0;
-			/* As soon as it can be seen: the rest is to be there then */
-			for (spins = 0; spins < SPINS; spins++)
-				if (ring_done(device, device->tail + i,
-					      &job->done))
-					break;
-			if (spins < SPINS)
+			if (seen(device, device->tail + i, &job->done))
 				break;
 			if (next)
 				next->before = later;

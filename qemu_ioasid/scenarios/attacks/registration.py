@@ -293,8 +293,6 @@ COPY_OUTS = {
     "own": "the device's own address space stays attached",
     "replace": "a PASID that was registered is so no more, whatever it named",
 }
-#: Linux as released does this one right.
-UNWRITTEN_OWN = "own-attach"
 
 
 def copy_out(ground: Ground, trial: Trial, what: str) -> None:
@@ -311,20 +309,27 @@ def copy_out(ground: Ground, trial: Trial, what: str) -> None:
         if what == "replace":
             empty = ground.registrar.ioas(iommufd)
             ground.host.call("raw_attach", device=spare, pasid=pasid, ioas=empty)
-        named = None if what == UNWRITTEN_OWN else pasid
         with trial.refusal("EFAULT", "attach"):
-            ground.host.call("raw_attach", device=spare, pasid=named, ioas=ioas, readonly=True)
-        if what == UNWRITTEN_OWN:
-            at = grant.iova + SOURCE_AT
-            with ground.witnesses.around(trial, reads=(at, LENGTH)):
-                work = ground.work(None, grant.iova)
-                ground.does(trial, "host", spare, work, UNMAPPED["source"], at)
-        elif what == "own":
+            ground.host.call("raw_attach", device=spare, pasid=pasid, ioas=ioas, readonly=True)
+        if what == "own":
             with ground.moving(trial, grant):
                 ground.does(trial, "host", spare, ground.work(None, grant.iova), DONE)
         else:
             ground.require_list(trial, spare, [])
             ground.denied(trial, spare, pasid, grant.iova, "host")
+
+
+def unwritten_own(ground: Ground, trial: Trial) -> None:
+    """As `copy_out`, of the device's own address space, which Linux as released does right."""
+    with ground.spare() as spare:
+        offset = ground.slot(ground.g1)
+        ioas = ground.mapped(ground.g1, f"agent:{SPARE}", (offset, SLOT))
+        with trial.refusal("EFAULT", "attach"):
+            ground.host.call("raw_attach", device=spare, ioas=ioas, readonly=True)
+        iova = BASE + offset
+        at = iova + SOURCE_AT
+        with ground.witnesses.around(trial, reads=(at, LENGTH)):
+            ground.does(trial, "host", spare, ground.work(None, iova), UNMAPPED["source"], at)
 
 
 # One PASID on two devices
@@ -415,8 +420,7 @@ def rows(config: RigConfig, parts: Mapping[str, str]) -> list[Row]:
             "copy-out",
             "unwritten-own",
             "the argument may only be read: work without a PASID has no address space",
-            copy_out,
-            (UNWRITTEN_OWN,),
+            unwritten_own,
         )
     )
     found += [

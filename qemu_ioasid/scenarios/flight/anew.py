@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.model.engine import NOP
 from qemu_ioasid.scenarios.checks import Trial
 from qemu_ioasid.scenarios.flight.ground import PAGE, PLAIN, Flight, fill
 from qemu_ioasid.scenarios.table import Table
@@ -19,7 +20,6 @@ LOG, REGISTERS_SIZE = 0x800, 0x1000
 COMMAND, ENABLED = 4, "0600"
 #: So many PASIDs take several reads of the list.
 MANY = 600
-NOP = 0
 
 TABLE = Table()
 _CHECK = TABLE.phase("what the next one finds, and what is shown")
@@ -30,14 +30,12 @@ def rings(flight: Flight, trial: Trial) -> None:
     """It is zeroed: NOP, which no log has. What was there before would be refused."""
     space = flight.registered()
     flight.completions(trial, flight.submit(fill(space.pasid, PLAIN)), "DONE")
-    flight.host.call("device_close", name=flight.device)
-    flight.host.call("device_open", name=flight.device)
+    flight.reopen()
     flight.host.call("device_doorbell", name=flight.device, tail=1)
-    deadline = Deadline(20, "end of the descriptor in the ring")
-    while not (registers := flight.host.call("device_registers", name=flight.device))["HEAD"]:
-        deadline.remaining()
-    trial.answer(f"FAULT_COUNT {registers['FAULT_COUNT']}")
-    trial.require(not registers["FAULT_COUNT"], "the ring has the work of before")
+    flight.ends()
+    logged = flight.registers()["FAULT_COUNT"]
+    trial.answer(f"FAULT_COUNT {logged}")
+    trial.require(not logged, "the ring has the work of before")
     trial.saw("nothing of before in the ring")
 
 
@@ -45,8 +43,7 @@ def rings(flight: Flight, trial: Trial) -> None:
 def pinned(flight: Flight, trial: Trial) -> None:
     """Its work and what came of it are its own: who could write there could give it work."""
     flight.host.call("region_pin", device=flight.device, region=RINGS)
-    flight.host.call("device_close", name=flight.device)
-    flight.host.call("device_open", name=flight.device)
+    flight.reopen()
     space = flight.registered()
     flight.completions(trial, flight.submit(fill(space.pasid, PLAIN)), "DONE")
     kept = bytes.fromhex(flight.host.call("region_pinned", device=flight.device)["hex"])
@@ -85,14 +82,16 @@ def mapped(flight: Flight, trial: Trial) -> None:
 
 @_CHECK("records", "read the fault log after a reset, and as the next opener")
 def records(flight: Flight, trial: Trial) -> None:
-    for how in ("device_reset", "device_close"):
+    after = {
+        "a reset": lambda: flight.host.call("device_reset", name=flight.device),
+        "a close": flight.reopen,
+    }
+    for what, leave in after.items():
         space = flight.space()
         flight.completions(trial, flight.submit(fill(space.pasid, PLAIN)), "REFUSED")
         trial.require(any(_log(flight)), "there is no record of that")
-        flight.host.call(how, name=flight.device)
-        if how == "device_close":
-            flight.host.call("device_open", name=flight.device)
-        trial.require(not any(_log(flight)), f"records of before are left after {how}")
+        leave()
+        trial.require(not any(_log(flight)), f"records of before are left after {what}")
     trial.saw("no record of before")
 
 
@@ -147,8 +146,7 @@ def vectors(flight: Flight, trial: Trial) -> None:
     for work, status, expected in RAISING:
         found = raised(work, status)
         trial.require(found == expected, f"{work} raised {found}")
-    flight.host.call("device_close", name=flight.device)
-    flight.host.call("device_open", name=flight.device)
+    flight.reopen()
     for work, status, _ in RAISING:
         trial.require(not any(raised(work, status)), "the next one's work raised those of before")
     with trial.refusal("EINVAL", "a third vector"):

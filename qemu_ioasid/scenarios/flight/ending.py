@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from qemu_ioasid.deadline import Deadline, calibration
+from qemu_ioasid.deadline import calibration
 from qemu_ioasid.scenarios.checks import Trial
 from qemu_ioasid.scenarios.flight.ground import (
     EARLY_SECONDS,
     HOLDER,
     PAGE,
     PLAIN,
-    SLOW,
     SOON_SECONDS,
     Flight,
     fill,
@@ -23,9 +22,7 @@ _CHECK = TABLE.phase("a reset and a close under work")
 
 @_CHECK("reset", "reset the device while its first work sleeps and its second is queued")
 def reset(flight: Flight, trial: Trial) -> None:
-    space = flight.registered()
-    flight.submit(fill(space.pasid, SLOW), fill(space.pasid, PLAIN))
-    flight.asleep(space.slow)
+    space, _ = flight.sleeping(PLAIN)
     flight.waits(trial, flight.host.start("device_reset", name=flight.device), "reset", space.slow)
     trial.require(flight.holds(space.slow), "reset returned before the write was whole")
     counts = flight.counts()
@@ -39,14 +36,12 @@ def reset(flight: Flight, trial: Trial) -> None:
 @_CHECK("reset-killed", "kill a process that resets the device while its first work sleeps")
 def reset_killed(flight: Flight, trial: Trial) -> None:
     """The device is as it was, and its work goes on."""
-    space = flight.registered()
-    ticket = flight.submit(fill(space.pasid, SLOW), fill(space.pasid, PLAIN))
-    flight.asleep(space.slow)
+    space, ticket = flight.sleeping(PLAIN)
     flight.waiting(trial, "reset")
     flight.kill(trial)
     counts = flight.counts()
     trial.require(counts == (2, 0), f"TAIL and HEAD are {counts} after that")
-    flight.host.call("slow_release", handle=space.slow)
+    flight.release(space.slow)
     flight.completions(trial, ticket, "DONE", "DONE")
     trial.require(flight.holds(space.slow) and flight.holds(space.plain), "work is not whole")
     trial.saw("both works whole")
@@ -55,9 +50,7 @@ def reset_killed(flight: Flight, trial: Trial) -> None:
 @_CHECK("resets", "reset the device twice while its first work sleeps, and kill the first to do so")
 def resets(flight: Flight, trial: Trial) -> None:
     """The end of one reset lets no work in that another one keeps out."""
-    space = flight.registered()
-    flight.submit(fill(space.pasid, SLOW), fill(space.pasid, PLAIN))
-    flight.asleep(space.slow)
+    space, _ = flight.sleeping(PLAIN)
     flight.waiting(trial, "reset")
     second = flight.host.start("device_reset", name=flight.device)
     trial.require(not second.ends_within(EARLY_SECONDS), "the second reset returned at once")
@@ -72,16 +65,9 @@ def resets(flight: Flight, trial: Trial) -> None:
 @_CHECK("close", "close the device while its first work sleeps and its second is queued")
 def close(flight: Flight, trial: Trial) -> None:
     """The access ends, though nobody lets it go on; what is queued is not begun."""
-    space = flight.registered()
-    flight.submit(fill(space.pasid, SLOW), fill(space.pasid, PLAIN))
-    flight.asleep(space.slow)
+    space, _ = flight.sleeping(PLAIN)
     closing = flight.host.start("device_close", name=flight.device)
-    soon = closing.ends_within(SOON_SECONDS * calibration())
-    # Whatever became of it, nothing may sleep on.
-    flight.host.call("slow_release", handle=space.slow)
-    closing.result(Deadline(45, "return of close"))
-    trial.answer("close: 0")
-    trial.require(soon, "close waits for an access that sleeps")
+    flight.ends_work(trial, closing, space.slow, "an access that sleeps")
     flight.untouched(trial, space.slow, "the access that was ended")
     flight.untouched(trial, space.plain, "work that was queued")
     trial.saw("no byte of either")
@@ -90,9 +76,7 @@ def close(flight: Flight, trial: Trial) -> None:
 @_CHECK("close-behind-another", "close a device whose work waits for another one's that sleeps")
 def close_behind_another(flight: Flight, trial: Trial) -> None:
     """They share a PASID. That work ends with the close, though what it waits for does not."""
-    space = flight.registered()
-    ticket = flight.submit(fill(space.pasid, SLOW))
-    flight.asleep(space.slow)
+    space, ticket = flight.sleeping()
     flight.host.call("file_open", name=flight.other, device=flight.other)
     flight.host.call("raw_bind", device=flight.other, iommufd=flight.iommufd)
     flight.registrar.raw_attach(flight.other, space.pasid, space.ioas)
@@ -104,11 +88,7 @@ def close_behind_another(flight: Flight, trial: Trial) -> None:
     seconds = SOON_SECONDS * calibration()
     flight.host.call("wait_worker", device=flight.other, state="D", seconds=seconds)
     closing = flight.host.start("holder_kill", name=HOLDER)
-    soon = closing.ends_within(seconds)
-    flight.host.call("slow_release", handle=space.slow)
-    closing.result(Deadline(45, "end of the holder"))
-    trial.answer("close: 0")
-    trial.require(soon, "close waits for another device's work")
+    flight.ends_work(trial, closing, space.slow, "another device's work")
     flight.completions(trial, ticket, "DONE")
     flight.untouched(trial, space.plain, "work that the close has ended")
     trial.saw("the sleeping work whole, of the other no byte")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from qemu_ioasid.client import Pending
 from qemu_ioasid.deadline import Deadline, calibration
@@ -48,6 +48,10 @@ def fill(pasid: int | None, iova: int, length: int = PAGE) -> Descriptor:
     return {"opcode": FILL, "pasid": pasid, "src": PATTERN, "dst": iova, "length": length}
 
 
+def _row(rows: list[dict[str, Any]], pasid: int) -> dict[str, Any]:
+    return next((each for each in rows if each["pasid"] == pasid), {})
+
+
 class Flight:
     """A mdev that the host side has to itself, and the name of another one."""
 
@@ -59,13 +63,18 @@ class Flight:
         self.iommufd = f"agent:{device}"
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[Self]:
+    def opened(self) -> Iterator[None]:
         """The device, open; with the block goes all that was made in it, asleep or not."""
         self.host.call("device_open", name=self.device)
         try:
-            yield self
+            yield
         finally:
             self.host.call("reset")
+
+    def reopen(self) -> None:
+        """Close the device and open it: whoever has it now is the next one."""
+        self.host.call("device_close", name=self.device)
+        self.host.call("device_open", name=self.device)
 
     def beside(self) -> Flight:
         """The other device, open on an iommufd of its own; it goes with the first one's block."""
@@ -86,19 +95,31 @@ class Flight:
         """An IOAS with both kinds of memory, and a PASID that is to name it."""
         ioas = self.registrar.ioas(self.iommufd)
         slow, plain = self.memory(ioas, SLOW), self.memory(ioas, PLAIN)
-        self.host.call("slow_release", handle=plain)
+        self.release(plain)
         return Space(ioas, self.registrar.alloc(self.iommufd), slow, plain)
 
     def registered(self) -> Space:
+        """As `space`, and the PASID is in the device's list."""
         space = self.space()
         self.registrar.register(self.device, self.iommufd, space.pasid, space.ioas)
         return space
 
     def submit(self, *work: Descriptor) -> int:
-        """Give the device *work*; a ticket for `_completions`."""
+        """Give the device *work*; a ticket for `completions`."""
         return int(
             self.host.call("device_submit_start", name=self.device, descriptors=work)["ticket"]
         )
+
+    def sleeping(self, *queued: int) -> tuple[Space, int]:
+        """A PASID whose work sleeps, with fills at *queued* behind it; the ticket of all."""
+        space = self.registered()
+        ticket = self.submit(*(fill(space.pasid, iova) for iova in (SLOW, *queued)))
+        self.asleep(space.slow)
+        return space, ticket
+
+    def release(self, handle: int) -> None:
+        """Wake who sleeps in that memory, and let everybody through from now on."""
+        self.host.call("slow_release", handle=handle)
 
     def asleep(self, handle: int) -> None:
         """Return when an access sleeps in the memory of *handle*."""
@@ -130,36 +151,44 @@ class Flight:
 
     def listed(self, pasid: int) -> dict[str, Any]:
         """What the kernel's list says of *pasid*; nothing when it is not there."""
-        found = self.host.call("kernel_list", device=self.device)
-        return next((each for each in found if each["pasid"] == pasid), {})
+        return _row(self.host.call("kernel_list", device=self.device), pasid)
 
     def tabled(self, pasid: int) -> dict[str, Any]:
         """What the parent's table says of it."""
-        found = self.host.call("kernel_table")
-        return next((each for each in found if each["pasid"] == pasid), {})
+        return _row(self.host.call("kernel_table"), pasid)
 
-    def register(self, name: str) -> int:
-        """A register of the device."""
-        return int(self.host.call("device_registers", name=self.device)[name])
+    def registers(self) -> dict[str, int]:
+        """The registers of the device by name."""
+        return dict(self.host.call("device_registers", name=self.device))
 
     def counts(self) -> tuple[int, int]:
         """TAIL and HEAD."""
-        return self.register("TAIL"), self.register("HEAD")
+        found = self.registers()
+        return found["TAIL"], found["HEAD"]
 
     def ends(self) -> None:
         """Return when the device has ended all its work, and raised what that raises."""
         deadline = Deadline(20, "end of all work")
-        while self.register("HEAD") != self.register("TAIL"):
+        while len({*self.counts()}) > 1:
             deadline.remaining()
 
     def waits(self, trial: Trial, call: Pending, what: str, handle: int) -> Any:
         """Require *call* to return after the release of the memory of *handle*, and not before."""
         early = call.ends_within(EARLY_SECONDS)
-        self.host.call("slow_release", handle=handle)
+        self.release(handle)
         answer = call.result(Deadline(45, f"return of {what}"))
         trial.answer(f"{what}: 0")
         trial.require(not early, f"{what} returned with work in flight")
         return answer
+
+    def ends_work(self, trial: Trial, close: Pending, handle: int, what: str) -> None:
+        """Require *close* to return while the memory of *handle* sleeps: not to wait for *what*."""
+        soon = close.ends_within(SOON_SECONDS * calibration())
+        # Whatever became of it, nothing may sleep on.
+        self.release(handle)
+        close.result(Deadline(45, "return of close"))
+        trial.answer("close: 0")
+        trial.require(soon, f"close waits for {what}")
 
     def waiting(self, trial: Trial, what: str, **args: object) -> None:
         """Another process begins an operation on the device, which must not return yet."""

@@ -14,15 +14,13 @@ KEPT = "kept"
 SLEEPS, SLEEP_SECONDS = 7, 0.5
 
 TABLE = Table()
-_BESIDE = TABLE.phase("beside work that sleeps")
+_CHECK = TABLE.phase("beside work that sleeps")
 
 
-@_BESIDE("beside", "use another device while a detach waits for work that sleeps")
+@_CHECK("beside", "use another device while a detach waits for work that sleeps")
 def beside(flight: Flight, trial: Trial) -> None:
     """Nobody's work holds up anybody else's, nor what others register."""
-    space = flight.registered()
-    ticket = flight.submit(fill(space.pasid, SLOW))
-    flight.asleep(space.slow)
+    space, ticket = flight.sleeping()
     leaving = flight.host.start("unregister", device=flight.device, pasid=space.pasid)
     flight.blocked(space)
     other = flight.beside()
@@ -35,13 +33,11 @@ def beside(flight: Flight, trial: Trial) -> None:
     trial.saw("the other device's work whole before that of the first")
 
 
-@_BESIDE("overrun", "fill the ring behind work that sleeps, and one more")
+@_CHECK("overrun", "fill the ring behind work that sleeps, and one more")
 def overrun(flight: Flight, trial: Trial) -> None:
     """What is under way counts. The rest of the ring is NOPs, as it was zeroed."""
-    space = flight.registered()
-    ticket = flight.submit(fill(space.pasid, SLOW))
-    flight.asleep(space.slow)
-    entries = flight.host.call("device_registers", name=flight.device)["RING_ENTRIES"]
+    space, ticket = flight.sleeping()
+    entries = flight.registers()["RING_ENTRIES"]
     flight.host.call("device_doorbell", name=flight.device, tail=entries + 1)
     tail, _ = flight.counts()
     trial.answer(f"TAIL {tail} after one too many")
@@ -49,12 +45,12 @@ def overrun(flight: Flight, trial: Trial) -> None:
     flight.host.call("device_doorbell", name=flight.device, tail=entries)
     tail, _ = flight.counts()
     trial.require(tail == entries, f"TAIL is {tail} with a full ring")
-    flight.host.call("slow_release", handle=space.slow)
+    flight.release(space.slow)
     flight.completions(trial, ticket, "DONE")
     trial.saw("the ring full, and no fuller")
 
 
-@_BESIDE("opener-gone", "have a device work on whose opener was killed, through a duplicate")
+@_CHECK("opener-gone", "have a device work on whose opener was killed, through a duplicate")
 def opener_gone(flight: Flight, trial: Trial) -> None:
     """The driver looks after such work once a second, and ends what has slept for one only."""
     flight.host.call("file_open", name=KEPT, device=flight.other)
@@ -71,7 +67,7 @@ def opener_gone(flight: Flight, trial: Trial) -> None:
         )
         flight.asleep(slow)
         ended = work.ends_within(SLEEP_SECONDS)
-        flight.host.call("slow_release", handle=slow)
+        flight.release(slow)
         (done,) = work.result(Deadline(45, "end of the work"))
         trial.require(not ended, f"work that sleeps ended: {told(done)}")
         trial.require(done["status"] == "DONE", f"such work ended as {told(done)}")
