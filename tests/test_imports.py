@@ -38,7 +38,7 @@ FLOORS = (
     ("rig", "page"),
     ("guest",),
     ("hostvm", "guestvm", "parts", "picture", "cprogram"),
-    ("machine", "registrar", "vtd", "agentdisk", "gcov"),
+    ("machine", "registrar", "vtd", "gdbstub", "agentdisk", "gcov"),
     ("client", "qemu", "snapshot"),
     ("qmp", "ssh", "console", "kernel", "image"),
     ("archive", "erofs", "preflight", "markup", "attempts", "model"),

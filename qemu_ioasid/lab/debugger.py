@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from qemu_ioasid import gdbstub
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import InfrastructureError, RigError
 from qemu_ioasid.lab import swap
@@ -47,7 +48,7 @@ class Stubs:
                 path = _path(self._folder, f"gdb.{vm}")
                 path.unlink(missing_ok=True)
                 if vm == "host":
-                    _serve_stub(machine, str(path), deadline)
+                    gdbstub.serve(machine.qmp, vm, str(path), deadline)
                 else:
                     _open_guest(life, machine, path, deadline)
                 door = self._doors[vm] = machine, path
@@ -82,16 +83,10 @@ def _sections(host: Machine, module: str, deadline: Deadline) -> dict[str, str]:
     return dict(line.split(":", 1) for line in said.splitlines() if ":0x" in line)
 
 
-def _serve_stub(machine: Machine, path: str, deadline: Deadline) -> None:
-    said = machine.qmp.monitor(f"gdbserver unix:{path},server=on,wait=off", deadline).strip()
-    if "Could not" in said or "rror" in said:
-        raise InfrastructureError(f"{machine.name}: QEMU opens no door for gdb: {said}")
-
-
 def _open_guest(life: Life, guest: Machine, path: Path, deadline: Deadline) -> None:
     """A guest's stub is a socket in the host VM: *path* leads there while this rig runs."""
     inside = f"{RUNTIME}/{guest.name}/gdb"
-    _serve_stub(guest, inside, deadline)
+    gdbstub.serve(guest.qmp, guest.name, inside, deadline)
     host = life.running().host
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     life.stack.callback(listener.close)

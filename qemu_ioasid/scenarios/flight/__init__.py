@@ -17,7 +17,7 @@ from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Rig
 from qemu_ioasid.scenarios.checks import Checks
-from qemu_ioasid.scenarios.flight import anew, ending, leaving, meanwhile
+from qemu_ioasid.scenarios.flight import anew, calls, ending, leaving, meanwhile, published
 from qemu_ioasid.scenarios.flight.ground import Flight
 from qemu_ioasid.scenarios.table import Row
 
@@ -30,9 +30,8 @@ def rows(config: RigConfig) -> list[Row]:
         raise ConfigurationError(
             f"{config.path}: scenario flight needs two mdevs that no guest has"
         )
-    return [
-        row for part in (leaving, ending, meanwhile, anew) for row in part.TABLE.rows(config, {})
-    ]
+    parts = (leaving, ending, meanwhile, anew, published, calls)
+    return [row for part in parts for row in part.TABLE.rows(config, {})]
 
 
 def run(rig: Rig, report: Report, rows: Sequence[Row]) -> None:

@@ -5,17 +5,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.model.engine import NOP
 from qemu_ioasid.scenarios.checks import Trial
-from qemu_ioasid.scenarios.flight.ground import PAGE, PLAIN, Flight, fill
+from qemu_ioasid.scenarios.flight.ground import (
+    COMPLETIONS,
+    CONFIG,
+    LOG,
+    PAGE,
+    PLAIN,
+    REGISTERS,
+    REGISTERS_SIZE,
+    RINGS,
+    RINGS_SIZE,
+    Flight,
+    fill,
+)
 from qemu_ioasid.scenarios.table import Table
 
-#: Regions by their numbers: BAR0, BAR2 and the config space.
-REGISTERS, RINGS, CONFIG = 0, 2, 7
-RINGS_SIZE, COMPLETIONS = 0x10000, 0x8000
-#: The fault log in BAR0, to its end.
-LOG, REGISTERS_SIZE = 0x800, 0x1000
 #: PCI_COMMAND (include/uapi/linux/pci_regs.h), and what the agent sets there.
 COMMAND, ENABLED = 4, "0600"
 #: So many PASIDs take several reads of the list.
@@ -96,15 +102,7 @@ def records(flight: Flight, trial: Trial) -> None:
 
 
 def _log(flight: Flight) -> bytes:
-    words = [
-        (
-            "device_read",
-            {"name": flight.device, "region": REGISTERS, "offset": at, "length": 4},
-        )
-        for at in range(LOG, REGISTERS_SIZE, 4)
-    ]
-    answers = flight.host.start_several(*words).result(Deadline(20, "the fault log"))
-    return b"".join(bytes.fromhex(each["hex"]) for each in answers)
+    return flight.region(REGISTERS, LOG, REGISTERS_SIZE - LOG)
 
 
 @_CHECK("config", "read PCI_COMMAND as the next opener, and after a reset")

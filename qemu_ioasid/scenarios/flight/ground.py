@@ -20,6 +20,11 @@ CHUNK = 64 * 1024
 #: Where an address space has the memory that sleeps, and, from its end on, memory that does not.
 SLOW = 0x1000_0000
 PLAIN = SLOW + CHUNK
+#: Regions by their numbers: BAR0, BAR2 and the config space.
+REGISTERS, RINGS, CONFIG = 0, 2, 7
+#: Where BAR2 has the completions and BAR0 the fault log, which goes to its end.
+COMPLETIONS, LOG = 0x8000, 0x800
+RINGS_SIZE, REGISTERS_SIZE = 0x10000, 0x1000
 #: What a fill stores.
 PATTERN = 0x5A5A_5A5A_5A5A_5A5A
 STORED = "5a"
@@ -56,7 +61,7 @@ class Flight:
     """A mdev that the host side has to itself, and the name of another one."""
 
     def __init__(self, rig: Rig, device: str, other: str) -> None:
-        self._rig = rig
+        self.rig = rig
         self.host = rig.host.agent
         self.registrar = rig.registrar
         self.device, self.other = device, other
@@ -79,7 +84,7 @@ class Flight:
     def beside(self) -> Flight:
         """The other device, open on an iommufd of its own; it goes with the first one's block."""
         self.host.call("device_open", name=self.other)
-        return Flight(self._rig, self.other, self.device)
+        return Flight(self.rig, self.other, self.device)
 
     def memory(self, ioas: int, iova: int) -> int:
         """A chunk of memory at *iova* that puts accesses to sleep; its handle."""
@@ -160,6 +165,15 @@ class Flight:
     def registers(self) -> dict[str, int]:
         """The registers of the device by name."""
         return dict(self.host.call("device_registers", name=self.device))
+
+    def region(self, region: int, offset: int, length: int) -> bytes:
+        """These bytes of a region of the device, in reads of 4."""
+        words = [
+            ("device_read", {"name": self.device, "region": region, "offset": at, "length": 4})
+            for at in range(offset, offset + length, 4)
+        ]
+        answers = self.host.start_several(*words).result(Deadline(20, "parts of a region"))
+        return b"".join(bytes.fromhex(each["hex"]) for each in answers)
 
     def counts(self) -> tuple[int, int]:
         """TAIL and HEAD."""

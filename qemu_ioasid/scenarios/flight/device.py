@@ -18,16 +18,16 @@ from functools import partial
 
 sys.path.insert(0, "/run/agent")
 
+from qemu_ioasid.agent.iommufd import Iommufd
 from qemu_ioasid.agent.libc import address_of
 from qemu_ioasid.agent.opendevice import OpenDevice
 from qemu_ioasid.agent.pdma import Descriptor
 from qemu_ioasid.agent.uapi import pdma
 from qemu_ioasid.agent.uapi import vfio as uapi
-from qemu_ioasid.agent.vfio import MDEV_DEVICES
+from qemu_ioasid.agent.vfio import MDEV_DEVICES, VfioDevice
 
 PAGE = 4096
 PASID = 7
-IOVA = 1 << 32
 TRIGGER = uapi.VFIO_IRQ_SET_ACTION_TRIGGER
 EVENTFD, NONE, BOOL = (
     uapi.VFIO_IRQ_SET_DATA_EVENTFD,
@@ -46,68 +46,10 @@ def answer(call: Callable[[], object]) -> str:
     return "0"
 
 
-def mapped(opened: OpenDevice) -> int:
-    """An IOAS with a page of this process at IOVA."""
-    memory = mmap.mmap(-1, PAGE)
-    kept.append(memory)
-    ioas = opened.iommufd.ioas_alloc()
-    opened.iommufd.ioas_map(ioas, address_of(memory), PAGE, IOVA)
-    return ioas
-
-
 kept: list[mmap.mmap] = []
 libc = ctypes.CDLL(None, use_errno=True)
 #: Nothing of a process lies there.
 NOWHERE = ctypes.c_void_p(8)
-
-
-def attach_unwritable(opened: OpenDevice, ioas: int, pasid: int | None) -> str:
-    """The attach with its argument in memory that this process may only read."""
-    flags = 0 if pasid is None else uapi.VFIO_DEVICE_ATTACH_PASID
-    argument = uapi.vfio_device_attach_iommufd_pt(
-        argsz=ctypes.sizeof(uapi.vfio_device_attach_iommufd_pt),
-        flags=flags,
-        pt_id=ioas,
-        pasid=pasid or 0,
-    )
-    memory = mmap.mmap(-1, PAGE)
-    memory[: len(bytes(argument))] = bytes(argument)
-    address = address_of(memory)
-    if libc.mprotect(ctypes.c_void_p(address), PAGE, mmap.PROT_READ):
-        raise OSError(ctypes.get_errno(), "mprotect")
-    with opened.device.descriptor.borrowed() as fd:
-        request = ctypes.c_ulong(uapi.VFIO_DEVICE_ATTACH_IOMMUFD_PT)
-        if libc.ioctl(fd, request, ctypes.c_void_p(address)):
-            return errno.errorcode[ctypes.get_errno()]
-    return "0"
-
-
-def works(opened: OpenDevice, pasid: int | None) -> str | int:
-    """What becomes of a FILL of the page at IOVA."""
-    work = Descriptor(src=1, dst=IOVA, length=8, pasid=pasid, opcode=pdma.PDMA_OP_FILL)
-    return opened.ring.wait(opened.ring.submit([work]), 10)[0].status
-
-
-def copy_out(opened: OpenDevice) -> object:
-    """EFAULT from an attach: what is attached after it."""
-    first, second = mapped(opened), mapped(opened)
-    opened.device.attach(first)
-    told = {}
-
-    def tell(name: str, pasid: int | None) -> None:
-        said = attach_unwritable(opened, second, pasid)
-        told[name] = [said, works(opened, PASID), works(opened, None)]
-
-    tell("new", PASID)
-    opened.device.attach_pasid(PASID, first)
-    tell("replace", PASID)
-    opened.device.attach_pasid(PASID, first)
-    tell("own", None)
-    told["again"] = [
-        answer(lambda: opened.device.attach_pasid(PASID, second)),
-        works(opened, PASID),
-    ]
-    return told
 
 
 def set_irqs(opened: OpenDevice) -> object:
@@ -244,13 +186,41 @@ def misused(opened: OpenDevice) -> object:
     return told
 
 
-PARTS = {"copy-out": copy_out, "irqs": set_irqs, "log": log_written, "misused": misused}
+def bind(sysfs: str) -> object:
+    """A file that is bound only where the kernel says so."""
+    kind = uapi.vfio_device_bind_iommufd
+    with (
+        Iommufd.open("device") as iommufd,
+        VfioDevice.open("device", sysfs) as device,
+        iommufd.descriptor.borrowed() as fd,
+    ):
+
+        def ask(call: Callable[[int, ctypes.Structure], object], flags: int = 0) -> str:
+            argument = kind(argsz=ctypes.sizeof(kind), flags=flags, iommufd=fd)
+            return answer(lambda: call(uapi.VFIO_DEVICE_BIND_IOMMUFD, argument))
+
+        return {
+            # pdma knows nothing of tokens.
+            "with a token": ask(device.descriptor.ioctl, uapi.VFIO_DEVICE_BIND_FLAG_TOKEN),
+            "unwritable": ask(device.descriptor.ioctl_on_readonly),
+            "unbound": answer(lambda: device.attach(iommufd.ioas_alloc())),
+            "bound": ask(device.descriptor.ioctl),
+            "again": ask(device.descriptor.ioctl),
+        }
+
+
+PARTS = {"irqs": set_irqs, "log": log_written, "misused": misused}
 
 
 def main() -> None:
     uuid, part = sys.argv[1:]
-    with OpenDevice("device", f"{MDEV_DEVICES}/{uuid}", "device") as opened:
-        print(json.dumps(PARTS[part](opened)))
+    sysfs = f"{MDEV_DEVICES}/{uuid}"
+    if part == "bind":
+        told = bind(sysfs)
+    else:
+        with OpenDevice("device", sysfs, "device") as opened:
+            told = PARTS[part](opened)
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A VM's QEMU as gdb sees it: a VM that is stopped where it stores to memory, and read there."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from qemu_ioasid.deadline import Deadline
+from qemu_ioasid.errors import ConnectionLost, InfrastructureError
+from qemu_ioasid.qmp import Qmp
+
+#: What QEMU's stub for x86-64 tells first of all registers: rax to r15 (gdb-xml/i386-64bit.xml).
+_GENERAL, _WORD = 16, 8
+
+
+def serve(monitor: Qmp, name: str, path: str, deadline: Deadline) -> None:
+    """Have the QEMU of *monitor*, which runs the VM *name*, serve gdb on the unix socket *path*.
+
+    Raises InfrastructureError with QEMU's words.
+    """
+    said = monitor.monitor(f"gdbserver unix:{path},server=on,wait=off", deadline).strip()
+    if "Could not" in said or "rror" in said:
+        raise InfrastructureError(f"{name}: QEMU opens no door for gdb: {said}")
+
+
+@contextlib.contextmanager
+def stopped(monitor: Qmp, name: str, path: Path, deadline: Deadline) -> Iterator[Stub]:
+    """The VM, stopped; it runs on after the block, and the socket *path* is gone."""
+    serve(monitor, name, str(path), deadline)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.connect(str(path))
+            stub = Stub(sock, name, deadline)
+            try:
+                yield stub
+            finally:
+                stub.detach()
+    finally:
+        monitor.monitor("gdbserver none", deadline)
+        path.unlink(missing_ok=True)
+
+
+class Stub:
+    """A VM that is stopped. Each call raises ConnectionLost, and DeadlineExceeded of *deadline*.
+
+    See "Remote Serial Protocol" in gdb's manual.
+    """
+
+    def __init__(self, sock: socket.socket, name: str, deadline: Deadline) -> None:
+        self._sock = sock
+        self._name = name
+        self._deadline = deadline
+        self._unread = b""
+
+    def run_to_store(self, address: int, length: int) -> bool:
+        """Have the VM run on until it has stored to these bytes of the kernel's, and stop there.
+
+        False: it has stopped for another reason.
+        """
+        place = f"2,{address:x},{length:x}"
+        if self._ask(f"Z{place}") != "OK":
+            raise InfrastructureError(f"{self._name}: QEMU watches no store to {address:#x}")
+        why = self._ask("c")
+        self._ask(f"z{place}")
+        return "watch:" in why
+
+    def registers(self) -> list[int]:
+        """The general registers of the processor that has stopped."""
+        data = bytes.fromhex(self._ask("g")[: _GENERAL * _WORD * 2])
+        return [
+            int.from_bytes(data[at : at + _WORD], "little") for at in range(0, len(data), _WORD)
+        ]
+
+    def read(self, address: int, length: int) -> bytes:
+        """Memory as that processor sees it; nothing where nothing is mapped."""
+        said = self._ask(f"m{address:x},{length:x}")
+        return b"" if said.startswith("E") else bytes.fromhex(said)
+
+    def detach(self) -> None:
+        """Let the VM run on; nothing is watched any more."""
+        self._ask("D")
+
+    def _ask(self, packet: str) -> str:
+        self._send(f"${packet}#{sum(packet.encode()) & 0xFF:02x}".encode())
+        said, self._unread = self._until(b"#", 2)
+        self._send(b"+")
+        # Before it is the stub's own "+".
+        return said.partition(b"$")[2][:-3].decode()
+
+    def _send(self, data: bytes) -> None:
+        with self._blamed():
+            self._sock.settimeout(self._deadline.remaining())
+            self._sock.sendall(data)
+
+    def _until(self, mark: bytes, more: int) -> tuple[bytes, bytes]:
+        """All up to *mark* and *more* bytes after it, and what is left."""
+        while (end := self._unread.find(mark) + 1 + more) <= more or len(self._unread) < end:
+            with self._blamed():
+                self._sock.settimeout(self._deadline.remaining())
+                data = self._sock.recv(65536)
+            if not data:
+                raise ConnectionLost(f"{self._name}: QEMU has closed its door for gdb")
+            self._unread += data
+        return self._unread[:end], self._unread[end:]
+
+    @contextlib.contextmanager
+    def _blamed(self) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError:
+            raise self._deadline.exceeded() from None
+        except OSError as error:
+            raise ConnectionLost(f"{self._name}: its QEMU's door for gdb: {error}") from None
