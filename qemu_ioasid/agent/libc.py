@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 
 TYPE_CHECKING = False
@@ -26,6 +27,12 @@ def prctl_caller(option: int, argument: int) -> Callable[[], int]:
         return int(function(option_argument, value_argument))
 
     return call
+
+
+def called(name: str, fd: int, *arguments: object) -> str | int:
+    """What the function *name* of the C library answers, or the errno's name."""
+    answered: int = getattr(_libc, name)(fd, *arguments)
+    return errno.errorcode[ctypes.get_errno()] if answered == -1 else answered
 
 
 def mount(source: str, target: str, filesystem: str) -> None:

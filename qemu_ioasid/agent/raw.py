@@ -70,7 +70,14 @@ class Raw:
             "file_keep",
             "file_close",
         )
-        more = ("file_submit", "iommufd_close", "hwpt_alloc", "fault_queue_alloc", "wait_worker")
+        more = (
+            "file_submit",
+            "iommufd_close",
+            "hwpt_alloc",
+            "fault_queue_alloc",
+            "wait_worker",
+            "misuse",
+        )
         pages = ("file_access", "region_pin", "region_pinned", "raw_irqs", "irqs_seen")
         self.operations: Mapping[str, Callable[..., Any]] = {
             name: getattr(self, name) for name in (*names, *more, *pages)
@@ -248,6 +255,12 @@ class Raw:
             while part := os.read(fd, 1 << 16):
                 found += part
         return {"hex": found.hex()}
+
+    def misuse(self, device: str, part: str) -> Json:
+        """Calls that no honest program makes, on an mdev that nobody has open; see misuse.py."""
+        from qemu_ioasid.agent.misuse import answers
+
+        return answers(f"{MDEV_DEVICES}/{self._uuids[device]}", part)
 
     def wait_worker(self, device: str, state: str, seconds: float) -> None:
         """Waits until a device's kernel thread is in a state as proc(5) has it.

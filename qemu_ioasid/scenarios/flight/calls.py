@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What becomes of calls that no driver makes: to the device's file, and to load the module.
-
-`device.py` makes them, in the host VM.
-"""
+"""What becomes of calls that no driver makes: to the device's file, and to load the module."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from qemu_ioasid.deadline import Deadline
@@ -17,7 +12,6 @@ from qemu_ioasid.scenarios.checks import Skipped, Trial
 from qemu_ioasid.scenarios.flight.ground import Flight
 from qemu_ioasid.scenarios.table import Table
 
-PROGRAM = Path(__file__).with_name("device.py")
 #: Where the host VM has the driver, if it is a module, and what that was told.
 DRIVER = "vfio_pdma"
 MODULE = f"/run/modules/{DRIVER}.ko"
@@ -33,14 +27,9 @@ _CHECK = TABLE.phase("calls that no driver makes")
 
 
 def _answers(flight: Flight, trial: Trial, part: str, expected: dict[str, Any]) -> None:
-    """Require of the program's *part* that the kernel answers it so."""
+    """Require the kernel to answer so to the agent's *part* of such calls (agent/misuse.py)."""
     flight.host.call("device_close", name=flight.device)
-    deadline = Deadline(60, f"{PROGRAM.name} {part}")
-    ssh = flight.rig.host.ssh
-    ssh.put({f"/run/{PROGRAM.name}": PROGRAM.read_bytes()}, deadline)
-    uuid = flight.rig.mdevs[flight.device]
-    said = ssh.output(f"exec python3 -I -S /run/{PROGRAM.name} {uuid} {part}", deadline)
-    found: dict[str, Any] = json.loads(said)
+    found = flight.host.call("misuse", device=flight.device, part=part)
     trial.answer(", ".join(found))
     wrong = [
         f"{what}: {found.get(what)} where it must be {answer}"

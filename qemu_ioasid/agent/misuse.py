@@ -1,30 +1,33 @@
-# SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs in the host VM, with the agent's modules, on an mdev nobody has open: device.py UUID PART.
+"""Calls on an mdev that nobody has open, which no honest program makes, and what they answer.
 
-What no operation of the agent does, since no honest program does it. Answers with a line of JSON.
+An answer is "0" or the errno's name.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import mmap
 import os
 import struct
-import sys
-from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 
-sys.path.insert(0, "/run/agent")
-
 from qemu_ioasid.agent.iommufd import Iommufd
-from qemu_ioasid.agent.libc import address_of
+from qemu_ioasid.agent.libc import address_of, called, protect
 from qemu_ioasid.agent.opendevice import OpenDevice
 from qemu_ioasid.agent.pdma import Descriptor
 from qemu_ioasid.agent.uapi import pdma
 from qemu_ioasid.agent.uapi import vfio as uapi
-from qemu_ioasid.agent.vfio import MDEV_DEVICES, VfioDevice
+from qemu_ioasid.agent.uapi.mman import PROT_NONE
+from qemu_ioasid.agent.vfio import VfioDevice
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+    Json = dict[str, Any]
 
 PAGE = 4096
 PASID = 7
@@ -37,6 +40,10 @@ EVENTFD, NONE, BOOL = (
 MSIX = uapi.VFIO_PCI_MSIX_IRQ_INDEX
 
 
+#: Nothing of a process lies there.
+NOWHERE = ctypes.c_void_p(8)
+
+
 def answer(call: Callable[[], object]) -> str:
     """What the kernel answers: "0", or the errno's name."""
     try:
@@ -46,16 +53,18 @@ def answer(call: Callable[[], object]) -> str:
     return "0"
 
 
-kept: list[mmap.mmap] = []
-libc = ctypes.CDLL(None, use_errno=True)
-#: Nothing of a process lies there.
-NOWHERE = ctypes.c_void_p(8)
-
-
-def set_irqs(opened: OpenDevice) -> object:
+def set_irqs(opened: OpenDevice) -> Json:
     """Each way of asking for interrupts, and whether the vectors raise the eventfds they should."""
-    device = opened.device
     one, two = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        return _irqs(opened, one, two)
+    finally:
+        os.close(one)
+        os.close(two)
+
+
+def _irqs(opened: OpenDevice, one: int, two: int) -> Json:
+    device = opened.device
 
     def ask(
         kind: int, start: int, count: int, *data: int, action: int = TRIGGER, index: int = MSIX
@@ -98,7 +107,7 @@ def set_irqs(opened: OpenDevice) -> object:
     return told
 
 
-def log_written(opened: OpenDevice) -> object:
+def log_written(opened: OpenDevice) -> Json:
     """Writes to the log and to BAR4; the log of one refusal before and after, and what BAR4 has."""
     device, ring = opened.device, opened.ring
     ring.wait(ring.submit([Descriptor(pasid=PASID, opcode=pdma.PDMA_OP_NOP)]), 10)
@@ -114,12 +123,6 @@ def log_written(opened: OpenDevice) -> object:
         "bar4": [bar4.size, bar4.flags, device.read(bar4, 0, PAGE) == bytes(PAGE)],
         "outside": answer(lambda: device.write(bar4, 1, bytes(PAGE))),
     }
-
-
-def called(name: str, fd: int, *arguments: object) -> str | int:
-    """What the C library's *name* answers, or the errno's name."""
-    answered: int = getattr(libc, name)(fd, *arguments)
-    return errno.errorcode[ctypes.get_errno()] if answered == -1 else answered
 
 
 def requests(fd: int) -> dict[str, list[str | int]]:
@@ -138,28 +141,28 @@ def requests(fd: int) -> dict[str, list[str | int]]:
         answers.append(called("ioctl", fd, request, ctypes.byref(argument)))
         # What SET_IRQS says is behind it lies past the end of the page, where nothing is.
         argument.argsz = ctypes.sizeof(argument) + 4 * (name == "SET_IRQS")
-        place = page_end() - ctypes.sizeof(argument)
-        ctypes.memmove(place, ctypes.byref(argument), ctypes.sizeof(argument))
-        answers.append(called("ioctl", fd, request, ctypes.c_void_p(place)))
+        with page_end() as end:
+            place = end - ctypes.sizeof(argument)
+            ctypes.memmove(place, ctypes.byref(argument), ctypes.sizeof(argument))
+            answers.append(called("ioctl", fd, request, ctypes.c_void_p(place)))
         told[name] = answers
     return told
 
 
-def page_end() -> int:
+@contextmanager
+def page_end() -> Iterator[int]:
     """The end of a page that has nothing behind it that can be read."""
-    memory = mmap.mmap(-1, 2 * PAGE)
-    kept.append(memory)
-    address = address_of(memory)
-    if libc.mprotect(ctypes.c_void_p(address + PAGE), PAGE, 0):
-        raise OSError(ctypes.get_errno(), "mprotect")
-    return address + PAGE
+    with mmap.mmap(-1, 2 * PAGE) as memory:
+        end = address_of(memory) + PAGE
+        protect(end, PAGE, PROT_NONE)
+        yield end
 
 
-def misused(opened: OpenDevice) -> object:
+def misused(opened: OpenDevice) -> Json:
     """The calls on the device's file that no driver makes."""
     device = opened.device
     config, bar0, bar2 = (device.region(index) for index in (7, 0, 2))
-    told: dict[str, object] = {}
+    told: Json = {}
     # Cache line size and interrupt line take every value, the bytes beside them none.
     for at in (0x0C, 0x3C):
         before = device.read(config, at, 4)
@@ -186,7 +189,7 @@ def misused(opened: OpenDevice) -> object:
     return told
 
 
-def bind(sysfs: str) -> object:
+def bind(sysfs: str) -> Json:
     """A file that is bound only where the kernel says so."""
     kind = uapi.vfio_device_bind_iommufd
     with (
@@ -212,16 +215,12 @@ def bind(sysfs: str) -> object:
 PARTS = {"irqs": set_irqs, "log": log_written, "misused": misused}
 
 
-def main() -> None:
-    uuid, part = sys.argv[1:]
-    sysfs = f"{MDEV_DEVICES}/{uuid}"
+def answers(sysfs: str, part: str) -> Json:
+    """What the mdev of a sysfs folder answers to these calls: bind, or one of PARTS.
+
+    Raises OSError when it cannot be opened.
+    """
     if part == "bind":
-        told = bind(sysfs)
-    else:
-        with OpenDevice("device", sysfs, "device") as opened:
-            told = PARTS[part](opened)
-    print(json.dumps(told))
-
-
-if __name__ == "__main__":
-    main()
+        return bind(sysfs)
+    with OpenDevice("misused", sysfs, "misused") as opened:
+        return PARTS[part](opened)
