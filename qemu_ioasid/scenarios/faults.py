@@ -283,8 +283,42 @@ class Faults:
 
         self._sweep(trial, Swept("mdev_remove", made, lambda _: None))
 
-    @_SWEEP("leaks", "whether the kernel has lost memory by any of it")
+    def _refused(self, op: str, name: str, **args: Any) -> None:
+        try:
+            self._call(op, **args)
+        except CallFailed as error:
+            if error.name == name:
+                return
+            raise
+        raise Broken(f"{op} {args} is not refused")
+
+    def _everything(self) -> None:
+        """Each call once, and those that the kernel refuses; by a process that is killed, too."""
+        self._call("mdev_create", name="c", uuid=str(uuid.uuid4()))
+        for part in ("bind", "irqs", "log", "misused"):
+            self._call("misuse", device="c", part=part)
+        self._call("file_open", name="file", device="c")
+        self._call("holder_start", name="holder", device="file", iommufd=IOMMUFD)
+        self._call("holder_call", name="holder", what="bind", args={})
+        self._call("raw_attach", device="file", ioas=self._alloc(), pasid=PASID + 1)
+        self._call("raw_irqs", device="file", start=0, count=2)
+        self._call("holder_kill", name="holder")
+        self._call("file_close", name="file")
+        self._call("mdev_remove", name="c")
+
+        self._registered()
+        own = self._call("device_open", name=OTHER)["ioas"]
+        self._refused("raw_attach", "EBUSY", device=OTHER, pasid=PASID, ioas=own)
+        self._refused("raw_attach", "ENOENT", device=OTHER, pasid=PASID + 1, ioas=1 << 20)
+        self._refused(
+            "raw_attach", "EFAULT", device=OTHER, pasid=PASID + 1, ioas=own, readonly=True
+        )
+        self._call("device_close", name=OTHER)
+        self._unregister()
+
+    @_SWEEP("leaks", "whether the kernel has lost memory by any of it, or by everything once")
     def _leaks(self, trial: Trial) -> None:
+        self._everything()
         lost = self._call("leaks")["lost"]
         trial.answer(f"{len(lost)} objects that nothing points to")
         trial.require(not lost, "\n".join(lost[:3]))
