@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,17 +28,36 @@ def serve(monitor: Qmp, name: str, path: str, deadline: Deadline) -> None:
 
 
 @contextlib.contextmanager
-def stopped(monitor: Qmp, name: str, path: Path, deadline: Deadline) -> Iterator[Stub]:
-    """The VM, stopped; it runs on after the block, and the socket *path* is gone."""
+def stopped(monitor: Qmp, name: str, folder: Path, deadline: Deadline) -> Iterator[Stub]:
+    """The VM, stopped; it runs on after the block. There is a socket in *folder* meanwhile."""
+    with (
+        _short(folder) as short,
+        _served(monitor, name, short / "gdb", deadline) as path,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock,
+    ):
+        sock.connect(str(path))
+        stub = Stub(sock, name, deadline)
+        try:
+            yield stub
+        finally:
+            stub.detach()
+
+
+@contextlib.contextmanager
+def _short(folder: Path) -> Iterator[Path]:
+    """Another name of *folder* for every process of ours: a socket's ends at 107 bytes."""
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield Path(f"/proc/{os.getpid()}/fd/{fd}")
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _served(monitor: Qmp, name: str, path: Path, deadline: Deadline) -> Iterator[Path]:
     serve(monitor, name, str(path), deadline)
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.connect(str(path))
-            stub = Stub(sock, name, deadline)
-            try:
-                yield stub
-            finally:
-                stub.detach()
+        yield path
     finally:
         monitor.monitor("gdbserver none", deadline)
         path.unlink(missing_ok=True)
@@ -78,6 +98,11 @@ class Stub:
         """Memory as that processor sees it; nothing where nothing is mapped."""
         said = self._ask(f"m{address:x},{length:x}")
         return b"" if said.startswith("E") else bytes.fromhex(said)
+
+    def write(self, address: int, data: bytes) -> None:
+        """Change memory as that processor sees it."""
+        if self._ask(f"M{address:x},{len(data):x}:{data.hex()}") != "OK":
+            raise InfrastructureError(f"{self._name}: QEMU writes nothing to {address:#x}")
 
     def detach(self) -> None:
         """Let the VM run on; nothing is watched any more."""

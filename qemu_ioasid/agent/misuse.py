@@ -149,6 +149,47 @@ def requests(fd: int) -> dict[str, list[str | int]]:
     return told
 
 
+def regions(opened: OpenDevice) -> Json:
+    """What the device tells of itself, and of accesses at the edge of what it has."""
+    device = opened.device
+    found = [device.region(index) for index in range(9)]
+    bar0, bar2, bar4, config = (found[index] for index in (0, 2, 4, 7))
+    words = range(0, 0x30, 4)
+
+    def registers() -> list[int]:
+        return [int.from_bytes(device.read(bar0, at, 4), "little") for at in words]
+
+    device.reset()
+    told: Json = {
+        "info": list(device.info()),
+        "regions": [[region.size, region.flags] for region in found],
+        "at": [region.offset for region in found],
+        "registers": registers(),
+        "config": device.read(config, 0, 256).hex(),
+    }
+    for at in words:
+        if at != pdma.PDMA_REG_TAIL:
+            device.write(bar0, at, b"\xff" * 4)
+    told["written"] = registers()
+    device.write(config, 0, b"\xff" * 256)
+    told["config set"] = device.read(config, 0, 256).hex()
+    device.reset()
+    told["config after a reset"] = device.read(config, 0, 256).hex()
+    told["sizes"] = [
+        answer(partial(device.read, bar0, at, size))
+        for at, size in ((0, 1), (0, 2), (0, 8), (2, 4))
+    ] + [answer(partial(device.write, bar0, pdma.PDMA_REG_TAIL, b"\0"))]
+    there = {region.index for region in (bar0, bar2, bar4, config)}
+    edges = []
+    for region in found:
+        for over in (4, 0) if region.index in there else (0,):
+            at, size = region.size - over, 4 + over
+            edges.append(answer(partial(device.read, region, at, size)))
+            edges.append(answer(partial(device.write, region, at, bytes(size))))
+    told["past"] = edges
+    return told
+
+
 @contextmanager
 def page_end() -> Iterator[int]:
     """The end of a page that has nothing behind it that can be read."""
@@ -212,7 +253,7 @@ def bind(sysfs: str) -> Json:
         }
 
 
-PARTS = {"irqs": set_irqs, "log": log_written, "misused": misused}
+PARTS = {"irqs": set_irqs, "log": log_written, "misused": misused, "regions": regions}
 
 
 def answers(sysfs: str, part: str) -> Json:

@@ -47,6 +47,7 @@ class Stage(NamedTuple):
 SUITE = (
     Stage("model", ("--steps", "2500", "--seed", "1")),
     Stage("flight"),
+    Stage("abi"),
     Stage("stress", ("--seconds", "15", "--seed", "1")),
     Stage("attacks"),
     Stage("isolation"),

@@ -11,6 +11,7 @@ from qemu_ioasid import config
 from qemu_ioasid.config import RigConfig
 from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.scenarios import (
+    abi,
     attacks,
     faults,
     findings,
@@ -48,6 +49,7 @@ SCENARIOS = {
     "attacks": Scenario(attacks.rows, attacks.run),
     "hotplug": Scenario(hotplug.rows, hotplug.run),
     "boot": Scenario(stage.rows, stage.run),
+    "abi": Scenario(abi.rows, abi.run, abi.RIG),
     "flight": Scenario(flight.rows, flight.run, flight.RIG),
     "stress": Scenario(stress.rows, stress.run, stress.RIG, takes=("seconds", "seed")),
     "faults": Scenario(faults.rows, faults.run, stress.RIG),

@@ -17,7 +17,7 @@ from qemu_ioasid.errors import ConfigurationError
 from qemu_ioasid.report import Report
 from qemu_ioasid.rig import Rig
 from qemu_ioasid.scenarios.checks import Checks
-from qemu_ioasid.scenarios.flight import anew, calls, ending, leaving, meanwhile, published
+from qemu_ioasid.scenarios.flight import anew, ending, leaving, meanwhile
 from qemu_ioasid.scenarios.flight.ground import Flight
 from qemu_ioasid.scenarios.table import Row
 
@@ -26,12 +26,17 @@ RIG = config.DEFAULT.with_name("host-only.toml")
 
 def rows(config: RigConfig) -> list[Row]:
     """The checks; raises ConfigurationError for a rig without two mdevs that no guest has."""
+    require_spare(config, "flight")
+    parts = (leaving, ending, meanwhile, anew)
+    return [row for part in parts for row in part.TABLE.rows(config, {})]
+
+
+def require_spare(config: RigConfig, scenario: str) -> None:
+    """Raises ConfigurationError for a rig without the two mdevs that *scenario* needs."""
     if len(config.spare) < 2:
         raise ConfigurationError(
-            f"{config.path}: scenario flight needs two mdevs that no guest has"
+            f"{config.path}: scenario {scenario} needs two mdevs that no guest has"
         )
-    parts = (leaving, ending, meanwhile, anew, published, calls)
-    return [row for part in parts for row in part.TABLE.rows(config, {})]
 
 
 def run(rig: Rig, report: Report, rows: Sequence[Row]) -> None:

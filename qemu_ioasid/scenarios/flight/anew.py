@@ -10,11 +10,8 @@ from qemu_ioasid.scenarios.checks import Trial
 from qemu_ioasid.scenarios.flight.ground import (
     COMPLETIONS,
     CONFIG,
-    LOG,
     PAGE,
     PLAIN,
-    REGISTERS,
-    REGISTERS_SIZE,
     RINGS,
     RINGS_SIZE,
     Flight,
@@ -95,14 +92,10 @@ def records(flight: Flight, trial: Trial) -> None:
     for what, leave in after.items():
         space = flight.space()
         flight.completions(trial, flight.submit(fill(space.pasid, PLAIN)), "REFUSED")
-        trial.require(any(_log(flight)), "there is no record of that")
+        trial.require(any(flight.log()), "there is no record of that")
         leave()
-        trial.require(not any(_log(flight)), f"records of before are left after {what}")
+        trial.require(not any(flight.log()), f"records of before are left after {what}")
     trial.saw("no record of before")
-
-
-def _log(flight: Flight) -> bytes:
-    return flight.region(REGISTERS, LOG, REGISTERS_SIZE - LOG)
 
 
 @_CHECK("config", "read PCI_COMMAND as the next opener, and after a reset")

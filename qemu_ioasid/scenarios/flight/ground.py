@@ -11,7 +11,7 @@ from typing import Any
 from qemu_ioasid.client import Pending
 from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.model.engine import FILL
-from qemu_ioasid.rig import Descriptor, Rig
+from qemu_ioasid.rig import Completion, Descriptor, Rig
 from qemu_ioasid.scenarios.checks import Trial, told
 
 PAGE = 4096
@@ -25,9 +25,11 @@ REGISTERS, RINGS, CONFIG = 0, 2, 7
 #: Where BAR2 has the completions and BAR0 the fault log, which goes to its end.
 COMPLETIONS, LOG = 0x8000, 0x800
 RINGS_SIZE, REGISTERS_SIZE = 0x10000, 0x1000
+#: A descriptor, a completion and a record of the log, in bytes.
+RECORD = 32
 #: What a fill stores.
 PATTERN = 0x5A5A_5A5A_5A5A_5A5A
-STORED = "5a"
+STORED = b"\x5a"
 #: What STATUS says while there is work.
 BUSY = 1
 #: The process that is killed while it waits.
@@ -86,13 +88,13 @@ class Flight:
         self.host.call("device_open", name=self.other)
         return Flight(self.rig, self.other, self.device)
 
-    def memory(self, ioas: int, iova: int) -> int:
-        """A chunk of memory at *iova* that puts accesses to sleep; its handle."""
+    def memory(self, ioas: int, iova: int, length: int = CHUNK) -> int:
+        """Memory at *iova* that puts accesses to sleep; its handle."""
         place: dict[str, Any] = {
             "iommufd": self.iommufd,
             "ioas": ioas,
             "iova": iova,
-            "length": CHUNK,
+            "length": length,
         }
         return int(self.host.call("slow_create", **place)["handle"])
 
@@ -135,24 +137,35 @@ class Flight:
         seconds = SOON_SECONDS * calibration()
         self.host.call("wait_blocked", device=self.device, pasid=space.pasid, seconds=seconds)
 
+    def done(self, ticket: int) -> list[Completion]:
+        """The completions of *ticket*'s work, all of it ended."""
+        found: list[Completion] = self.host.call(
+            "device_submit_wait", ticket=ticket, seconds=20 * calibration()
+        )
+        return found
+
     def completions(self, trial: Trial, ticket: int, *expected: str) -> None:
         """Require the work of *ticket* to end so."""
-        found = self.host.call("device_submit_wait", ticket=ticket, seconds=20 * calibration())
+        found = self.done(ticket)
         trial.answer(", ".join(told(each) for each in found))
         statuses = [str(each["status"]) for each in found]
         trial.require(
             statuses == list(expected), f"the work must end as {expected}, ended as {statuses}"
         )
 
+    def content(self, handle: int, offset: int, length: int) -> bytes:
+        """What is in released memory."""
+        found = self.host.call("slow_read", handle=handle, offset=offset, length=length)
+        return bytes.fromhex(found["hex"])
+
     def holds(self, handle: int, at: int = 0) -> bool:
         """Whether the page at *at* of released memory has been filled; else it is as it was."""
-        found = self.host.call("slow_read", handle=handle, offset=at, length=PAGE)["hex"]
-        return bool(found == STORED * PAGE)
+        return self.content(handle, at, PAGE) == STORED * PAGE
 
     def untouched(self, trial: Trial, handle: int, what: str) -> None:
         """Require that nothing has been stored in released memory."""
-        found = self.host.call("slow_read", handle=handle, offset=0, length=CHUNK)["hex"]
-        trial.require(found == "00" * CHUNK, f"{what} has been carried out")
+        found = self.content(handle, 0, CHUNK)
+        trial.require(not any(found), f"{what} has been carried out")
 
     def listed(self, pasid: int) -> dict[str, Any]:
         """What the kernel's list says of *pasid*; nothing when it is not there."""
@@ -174,6 +187,22 @@ class Flight:
         ]
         answers = self.host.start_several(*words).result(Deadline(20, "parts of a region"))
         return b"".join(bytes.fromhex(each["hex"]) for each in answers)
+
+    def log(self) -> bytes:
+        """The fault log, all slots of it."""
+        return self.region(REGISTERS, LOG, REGISTERS_SIZE - LOG)
+
+    def rings(self) -> bytes:
+        """The descriptors and the completions."""
+        found = self.host.call(
+            "device_read", name=self.device, region=RINGS, offset=0, length=RINGS_SIZE
+        )
+        return bytes.fromhex(found["hex"])
+
+    def faults(self) -> list[dict[str, Any]]:
+        """The records in the log, the oldest first."""
+        found: list[dict[str, Any]] = self.host.call("device_faults", name=self.device)["faults"]
+        return found
 
     def counts(self) -> tuple[int, int]:
         """TAIL and HEAD."""

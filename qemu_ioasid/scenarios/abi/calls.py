@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What becomes of calls that no driver makes: to the device's file, and to load the module."""
+"""Calls that no driver makes: to a device's file, to the module, to sysfs and debugfs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ from qemu_ioasid.scenarios.table import Table
 DRIVER = "vfio_pdma"
 MODULE = f"/run/modules/{DRIVER}.ko"
 PARAMETER = f"/sys/module/{DRIVER}/parameters/max_pasids"
+DEBUGFS = "/sys/kernel/debug/pdma"
+TYPE = "/sys/class/mdev_bus/pdma/mdev_supported_types/pdma-1"
+INSTANCES = 64
+#: Makes mdevs until the kernel refuses one, and tells their uuids.
+MAKE = f"""
+while read -r uuid </proc/sys/kernel/random/uuid && echo $uuid >{TYPE}/create 2>/dev/null
+do echo $uuid
+done
+"""
 #: What max_pasids takes, and what it does not.
 CAPS = {
     **dict.fromkeys(("1", "1048575"), True),
@@ -26,7 +35,7 @@ TABLE = Table()
 _CHECK = TABLE.phase("calls that no driver makes")
 
 
-def _answers(flight: Flight, trial: Trial, part: str, expected: dict[str, Any]) -> None:
+def answers(flight: Flight, trial: Trial, part: str, expected: dict[str, Any]) -> None:
     """Require the kernel to answer so to the agent's *part* of such calls (agent/misuse.py)."""
     flight.host.call("device_close", name=flight.device)
     found = flight.host.call("misuse", device=flight.device, part=part)
@@ -40,13 +49,13 @@ def _answers(flight: Flight, trial: Trial, part: str, expected: dict[str, Any]) 
     trial.saw("each answer as it must be")
 
 
-@_CHECK("calls-bind", "bind with a token, with an argument that can only be read, and twice")
+@_CHECK("bind", "bind with a token, with an argument that can only be read, and twice")
 def bind(flight: Flight, trial: Trial) -> None:
     expected = {"with a token": "EINVAL", "unwritable": "EFAULT", "unbound": "EINVAL"}
-    _answers(flight, trial, "bind", {**expected, "bound": "0", "again": "EINVAL"})
+    answers(flight, trial, "bind", {**expected, "bound": "0", "again": "EINVAL"})
 
 
-@_CHECK("calls-irqs", "ask for interrupts in every way there is")
+@_CHECK("irqs", "ask for interrupts in every way there is")
 def irqs(flight: Flight, trial: Trial) -> None:
     expected = {
         "info": [[0, 0], [0, 0], [1, 2], [0, 0], [0, 0]],
@@ -69,16 +78,16 @@ def irqs(flight: Flight, trial: Trial) -> None:
         "reset": ["0", [1, 0]],
         "all away": ["0", "0", [0, 0]],
     }
-    _answers(flight, trial, "irqs", expected)
+    answers(flight, trial, "irqs", expected)
 
 
-@_CHECK("calls-log", "write to the fault log and to the BAR of the vectors")
+@_CHECK("log-written", "write to the fault log and to the BAR of the vectors")
 def log(flight: Flight, trial: Trial) -> None:
     expected = {"logged": 1, "same": True, "bar4": [4096, 3, True], "outside": "EINVAL"}
-    _answers(flight, trial, "log", expected)
+    answers(flight, trial, "log", expected)
 
 
-@_CHECK("calls-misused", "read, write, map and ask where there is nothing, or not so much")
+@_CHECK("misused", "read, write, map and ask where there is nothing, or not so much")
 def misused(flight: Flight, trial: Trial) -> None:
     expected: dict[str, Any] = {
         "config 0xc": ["ff"],
@@ -95,10 +104,10 @@ def misused(flight: Flight, trial: Trial) -> None:
         "IRQ_INFO": ["EFAULT", "EINVAL", "EINVAL"],
         "SET_IRQS": ["EFAULT", "EINVAL", "EFAULT"],
     }
-    _answers(flight, trial, "misused", expected)
+    answers(flight, trial, "misused", expected)
 
 
-@_CHECK("calls-cap", "load the driver with each max_pasids that might be one")
+@_CHECK("cap", "load the driver with each max_pasids that might be one")
 def cap(flight: Flight, trial: Trial) -> None:
     flight.host.call("device_close", name=flight.device)
     with _unloaded(flight) as shell:
@@ -111,22 +120,69 @@ def cap(flight: Flight, trial: Trial) -> None:
     trial.saw("the driver, with 1 to 1048575 only")
 
 
-@contextlib.contextmanager
-def _unloaded(flight: Flight) -> Iterator[Callable[[str], str]]:
-    """The driver is not there meanwhile; gives what tells the output of a shell in the host VM."""
-    deadline = Deadline(60, f"{DRIVER}, unloaded and loaded")
+@_CHECK("module", "unload the driver while a device is open, and while its debugfs is read")
+def module(flight: Flight, trial: Trial) -> None:
+    shell = _shell(flight)
+    uuid = flight.rig.mdevs[flight.device]
+    modes = shell(f"cd {DEBUGFS} && stat -c %a table {uuid}/pasids")
+    trial.require(modes.split() == ["400", "400"], f"debugfs: modes {modes.split()}")
+    held = shell(f"rmmod {DRIVER} 2>/dev/null && echo unloaded || :")
+    trial.require(not held, "the driver was unloaded with a device open")
+    flight.host.call("device_close", name=flight.device)
+    _remove(flight)
+    held = shell(f"rmmod {DRIVER} 2>/dev/null <{DEBUGFS}/table && echo unloaded || :")
+    trial.require(not held, "the driver was unloaded with its table open")
+    _create(flight)
+    trial.answer("not unloaded, twice")
+    trial.saw("mode 400 of the table and of a list")
+
+
+@_CHECK("instances", f"make as many mdevs as there may be, twice, of {INSTANCES}")
+def instances(flight: Flight, trial: Trial) -> None:
+    shell = _shell(flight)
+    there = len(flight.rig.mdevs)
+    api = shell(f"cat {TYPE}/device_api")
+    trial.require(api == "vfio-pci", f"device_api is {api}")
+    for _ in range(2):
+        available = shell(f"cat {TYPE}/available_instances")
+        trial.require(available == str(INSTANCES - there), f"available_instances is {available}")
+        made = shell(MAKE).split()
+        trial.answer(f"{len(made)} made beside {there}")
+        shell("".join(f"echo 1 >/sys/bus/mdev/devices/{uuid}/remove\n" for uuid in made))
+        trial.require(len(made) == INSTANCES - there, f"{len(made)} were made beside {there}")
+    trial.saw(f"{INSTANCES} at a time")
+
+
+def _shell(flight: Flight) -> Callable[[str], str]:
+    """What tells the output of a shell in the host VM."""
+    deadline = Deadline(60, f"a shell beside {DRIVER}")
 
     def shell(script: str) -> str:
         return flight.rig.host.ssh.output(script, deadline).decode().strip()
 
-    if not shell(f"ls {MODULE} 2>/dev/null || :"):
-        raise Skipped("the driver is built into this kernel")
+    return shell
+
+
+def _remove(flight: Flight) -> None:
     for name in flight.rig.mdevs:
         flight.host.call("mdev_remove", name=name)
+
+
+def _create(flight: Flight) -> None:
+    for name, uuid in flight.rig.mdevs.items():
+        flight.host.call("mdev_create", name=name, uuid=uuid)
+
+
+@contextlib.contextmanager
+def _unloaded(flight: Flight) -> Iterator[Callable[[str], str]]:
+    """The driver is not there meanwhile; gives what tells the output of a shell in the host VM."""
+    shell = _shell(flight)
+    if not shell(f"ls {MODULE} 2>/dev/null || :"):
+        raise Skipped("the driver is built into this kernel")
+    _remove(flight)
     shell(f"rmmod {DRIVER}")
     try:
         yield shell
     finally:
         shell(f"insmod {MODULE}")
-        for name, uuid in flight.rig.mdevs.items():
-            flight.host.call("mdev_create", name=name, uuid=uuid)
+        _create(flight)
