@@ -44,13 +44,19 @@ class Holder:
         """Binds the device to the iommufd: to the driver this process is who has opened it."""
         self._device.bind(self._iommufd)
 
-    def attach(self, pasid: int, ioas: int) -> None:
-        """Puts a PASID into the device's list."""
-        self._device.attach_pasid(pasid, ioas)
+    def attach(self, pasid: int | None, ioas: int) -> None:
+        """Puts a PASID into the device's list; none: the device's own address space."""
+        if pasid is None:
+            self._device.attach(ioas)
+        else:
+            self._device.attach_pasid(pasid, ioas)
 
-    def detach(self, pasid: int) -> None:
-        """Takes a PASID out of the device's list."""
-        self._device.detach_pasid(pasid)
+    def detach(self, pasid: int | None) -> None:
+        """Takes a PASID out of the device's list, or that address space from it."""
+        if pasid is None:
+            self._device.detach()
+        else:
+            self._device.detach_pasid(pasid)
 
     def reset(self) -> None:
         """Resets the device."""

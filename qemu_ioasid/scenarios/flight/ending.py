@@ -37,10 +37,12 @@ def reset(flight: Flight, trial: Trial) -> None:
 def reset_killed(flight: Flight, trial: Trial) -> None:
     """The device is as it was, and its work goes on."""
     space, ticket = flight.sleeping(PLAIN)
+    before = flight.config()
     flight.waiting(trial, "reset")
     flight.kill(trial)
     counts = flight.counts()
     trial.require(counts == (2, 0), f"TAIL and HEAD are {counts} after that")
+    trial.require(flight.config() == before, "the config space is another one after that")
     flight.release(space.slow)
     flight.completions(trial, ticket, "DONE", "DONE")
     trial.require(flight.holds(space.slow) and flight.holds(space.plain), "work is not whole")
@@ -60,6 +62,20 @@ def resets(flight: Flight, trial: Trial) -> None:
     trial.require(counts == (0, 0), f"TAIL and HEAD are {counts} after a reset")
     flight.untouched(trial, space.plain, "work that a reset drops")
     trial.saw("the first work alone")
+
+
+@_CHECK("doorbell", "submit work while a reset waits for work that sleeps")
+def doorbell(flight: Flight, trial: Trial) -> None:
+    """It is dropped, as what was queued before."""
+    space, _ = flight.sleeping()
+    resetting = flight.host.start("device_reset", name=flight.device)
+    trial.require(not resetting.ends_within(EARLY_SECONDS), "the reset returned at once")
+    flight.host.call("device_doorbell", name=flight.device, tail=3)
+    flight.waits(trial, resetting, "reset", space.slow)
+    flight.completions(trial, flight.submit(fill(space.pasid, PLAIN)), "DONE")
+    counts = flight.counts()
+    trial.require(counts == (1, 1), f"TAIL and HEAD are {counts} after one more work")
+    trial.saw("the work of after the reset alone")
 
 
 @_CHECK("close", "close the device while its first work sleeps and its second is queued")

@@ -188,6 +188,11 @@ class Flight:
         answers = self.host.start_several(*words).result(Deadline(20, "parts of a region"))
         return b"".join(bytes.fromhex(each["hex"]) for each in answers)
 
+    def config(self) -> bytes:
+        """The config space."""
+        found = self.host.call("device_read", name=self.device, region=CONFIG, offset=0, length=256)
+        return bytes.fromhex(found["hex"])
+
     def log(self) -> bytes:
         """The fault log, all slots of it."""
         return self.region(REGISTERS, LOG, REGISTERS_SIZE - LOG)
@@ -203,6 +208,11 @@ class Flight:
         """The records in the log, the oldest first."""
         found: list[dict[str, Any]] = self.host.call("device_faults", name=self.device)["faults"]
         return found
+
+    def logged_as_ended(self, trial: Trial) -> None:
+        """Require the log to say that an access was ended."""
+        reason = self.faults()[0]["reason"]
+        trial.require(reason == "ENDED", f"an access that was ended is logged as {reason}")
 
     def counts(self) -> tuple[int, int]:
         """TAIL and HEAD."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.scenarios.checks import Trial
 from qemu_ioasid.scenarios.flight.ground import (
     BUSY,
@@ -10,7 +11,9 @@ from qemu_ioasid.scenarios.flight.ground import (
     PAGE,
     PLAIN,
     SLOW,
+    SOON_SECONDS,
     Flight,
+    Space,
     fill,
 )
 from qemu_ioasid.scenarios.table import Table
@@ -51,6 +54,7 @@ def detach_killed(flight: Flight, trial: Trial) -> None:
     flight.release(other.slow)
     flight.completions(trial, ticket, "FAULT", "DONE")
     trial.require(flight.holds(other.slow), "the second work is not whole")
+    flight.logged_as_ended(trial)
     trial.saw("the second work whole")
 
 
@@ -109,6 +113,82 @@ def own(flight: Flight, trial: Trial) -> None:
     trial.require(flight.holds(old.plain), "the first work's second part is not in the old memory")
     trial.require(flight.holds(new.plain, PAGE), "the second work is not in the new memory")
     trial.saw("the first work in the old memory, the second in the new")
+
+
+@_CHECK("own-killed", "kill a process that replaces that IOAS while such work sleeps")
+def own_killed(flight: Flight, trial: Trial) -> None:
+    """As with a PASID: nothing has moved, and the work goes on."""
+    new = flight.space()
+    old, ticket = _sleeping_own(flight, PLAIN)
+    flight.waiting(trial, "attach", pasid=None, ioas=new.ioas)
+    flight.kill(trial)
+    flight.release(old.slow)
+    flight.completions(trial, ticket, "DONE", "DONE")
+    trial.require(flight.holds(old.slow) and flight.holds(old.plain), "the old memory lacks work")
+    flight.untouched(trial, new.plain, "work in the new memory")
+    trial.saw("both works in the old memory, none in the new")
+
+
+@_CHECK("own-detach", "detach that IOAS while the first such work sleeps and the second is queued")
+def own_detach(flight: Flight, trial: Trial) -> None:
+    """A PASID that names the same IOAS is not in its way, and goes on."""
+    space, ticket = _sleeping_own(flight, PLAIN)
+    leaving = flight.host.start("raw_detach", device=flight.device)
+    flight.waits(trial, leaving, "detach", space.slow)
+    flight.completions(trial, ticket, "DONE", "FAULT")
+    trial.require(flight.holds(space.slow), "the first work is not whole")
+    flight.untouched(trial, space.plain, "work without an address space")
+    flight.completions(trial, flight.submit(fill(space.pasid, PLAIN)), "DONE")
+    trial.saw("the first work whole, the second one nowhere; the PASID works on")
+
+
+@_CHECK("own-detach-killed", "kill a process that detaches that IOAS while such work sleeps")
+def own_detach_killed(flight: Flight, trial: Trial) -> None:
+    """That ends the access, before anybody lets it go on."""
+    space, ticket = _sleeping_own(flight)
+    flight.waiting(trial, "detach", pasid=None)
+    flight.kill(trial)
+    flight.completions(trial, ticket, "FAULT")
+    flight.logged_as_ended(trial)
+    flight.release(space.slow)
+    flight.untouched(trial, space.slow, "the access that was ended")
+    trial.saw("no byte of it")
+
+
+@_CHECK("others", "register, replace and detach other PASIDs while a PASID's work sleeps")
+def others(flight: Flight, trial: Trial) -> None:
+    """None of that waits for work that has nothing to do with it."""
+    other, new = flight.space(), flight.space()
+    space, ticket = flight.sleeping(PLAIN)
+    deadline = Deadline(SOON_SECONDS, "registration beside work that sleeps")
+    args: dict[str, object] = {"device": flight.device, "pasid": other.pasid}
+    for op, more in (
+        ("register", {"iommufd": flight.iommufd, "ioas": other.ioas}),
+        ("replace", {"ioas": new.ioas}),
+        ("unregister", {}),
+        ("raw_attach", {"ioas": new.ioas, "pasid": None}),
+        ("raw_detach", {"pasid": None}),
+    ):
+        call = flight.host.start(op, **{**args, **more})
+        soon = call.ends_within(deadline.remaining())
+        if not soon:
+            flight.release(space.slow)
+        trial.require(soon, f"{op} waits for another PASID's work")
+        call.result(deadline)
+        trial.answer(f"{op}: 0")
+    trial.require(flight.counts() == (2, 0), "the work did not sleep meanwhile")
+    flight.release(space.slow)
+    flight.completions(trial, ticket, "DONE", "DONE")
+    trial.saw("the work asleep all the while, and then whole")
+
+
+def _sleeping_own(flight: Flight, *queued: int) -> tuple[Space, int]:
+    """As `Flight.sleeping`, of work without a PASID; the PASID is registered all the same."""
+    space = flight.registered()
+    flight.host.call("raw_attach", device=flight.device, ioas=space.ioas)
+    ticket = flight.submit(*(fill(None, iova) for iova in (SLOW, *queued)))
+    flight.asleep(space.slow)
+    return space, ticket
 
 
 @_CHECK("unmap", "unmap memory while work sleeps in it")

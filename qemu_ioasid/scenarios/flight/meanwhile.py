@@ -73,3 +73,19 @@ def opener_gone(flight: Flight, trial: Trial) -> None:
         trial.require(done["status"] == "DONE", f"such work ended as {told(done)}")
     trial.answer(f"{SLEEPS} works, all DONE")
     trial.saw("no work of it ended")
+
+
+@_CHECK("signal", "send SIGKILL to a device's thread whose work sleeps")
+def signal(flight: Flight, trial: Trial) -> None:
+    """That is the kernel's to do: nobody ends another's work so."""
+    space, ticket = flight.sleeping(PLAIN)
+    deadline = Deadline(20, "kill in the host VM")
+    shell = flight.rig.host.ssh
+    uuid = flight.rig.mdevs[flight.device]
+    found = shell.output(f"grep -l {uuid[:8]} /proc/[0-9]*/comm", deadline).decode().split()
+    trial.require(len(found) == 1, f"the device has {len(found)} threads")
+    shell.output(f"kill -9 {found[0].split('/')[2]}", deadline)
+    flight.release(space.slow)
+    flight.completions(trial, ticket, "DONE", "DONE")
+    trial.require(flight.holds(space.slow) and flight.holds(space.plain), "work is not whole")
+    trial.saw("both works whole")
