@@ -39,8 +39,8 @@ MOST = 1000
 TRIES = 3
 CALL_SECONDS = 30.0
 SCAN_SECONDS = 120.0
-#: One object may go unnoticed: its address is left somewhere. Of so many, some do not.
-TIMES = 8
+#: One object may go unnoticed: its address is left somewhere. Of several, some do not.
+TIMES = 3
 
 Json = dict[str, Any]
 Undo = Callable[[Any], None]
