@@ -137,6 +137,66 @@ def module(flight: Flight, trial: Trial) -> None:
     trial.saw("mode 400 of the table and of a list")
 
 
+@_CHECK("removal", "remove an mdev whose device is open, and read its list meanwhile")
+def removal(flight: Flight, trial: Trial) -> None:
+    """The removal waits for the close, and the list is there as long as the mdev."""
+    shell, uuid = _shell(flight), flight.rig.mdevs[flight.device]
+    before = shell(f"cat {DEBUGFS}/{uuid}/pasids")
+    sysfs = f"/sys/bus/mdev/devices/{uuid}"
+    # The file to remove it by goes first.
+    begun = f"while [ -e {sysfs}/remove ]; do :; done"
+    shell(f"echo 1 >{sysfs}/remove 2>/dev/null </dev/null & {begun}")
+    found = shell(f"cat {DEBUGFS}/{uuid}/pasids 2>&1")
+    flight.host.call("device_close", name=flight.device)
+    shell(f"while [ -e {sysfs} ]; do :; done")
+    there = shell(f"ls -d {DEBUGFS}/{uuid} 2>/dev/null || :")
+    flight.host.call("mdev_remove", name=flight.device)
+    flight.host.call("mdev_create", name=flight.device, uuid=uuid)
+    trial.answer(found)
+    trial.require(found == before, f"the list said {found} under the removal")
+    trial.require(not there, "the list outlives the mdev")
+    trial.saw("the list until the mdev was gone, and no longer")
+
+
+@_CHECK("order", "attach what may not be for two reasons")
+def order(flight: Flight, trial: Trial) -> None:
+    """ABI.md, "PASIDs": which errno is decided first."""
+    flight.host.call("device_close", name=flight.device)
+    with _unloaded(flight) as shell:
+        shell(f"insmod {MODULE} max_pasids=1")
+        try:
+            for name in (flight.device, flight.other):
+                flight.host.call("mdev_create", name=name, uuid=flight.rig.mdevs[name])
+                flight.host.call("device_open", name=name)
+            _attach_for_two_reasons(flight, trial)
+        finally:
+            for name in (flight.device, flight.other):
+                flight.host.call("device_close", name=name)
+                flight.host.call("mdev_remove", name=name)
+            shell(f"rmmod {DRIVER}")
+    trial.saw("the first reason of each")
+
+
+def _attach_for_two_reasons(flight: Flight, trial: Trial) -> None:
+    def attach(device: str, pasid: int, ioas: int) -> None:
+        flight.registrar.raw_attach(device, pasid, ioas)
+
+    others = flight.registrar.ioas(f"agent:{flight.other}")
+    attach(flight.device, 1, flight.registrar.ioas(flight.iommufd))
+    nothing = 1 << 20
+    with trial.refusal("EINVAL", "PASID 0, no such IOAS, list full"):
+        attach(flight.device, 0, nothing)
+    with trial.refusal("ENOSPC", "no such IOAS, list full"):
+        attach(flight.device, 2, nothing)
+    with trial.refusal("EBUSY", "another's PASID, no such IOAS"):
+        attach(flight.other, 1, nothing)
+    attach(flight.other, 2, others)
+    with trial.refusal("ENOSPC", "another's PASID, list full"):
+        attach(flight.other, 1, others)
+    with trial.refusal("EINVAL", "PASID too wide, list full"):
+        attach(flight.other, 1 << 20, others)
+
+
 @_CHECK("instances", f"make as many mdevs as there may be, twice, of {INSTANCES}")
 def instances(flight: Flight, trial: Trial) -> None:
     shell = _shell(flight)

@@ -88,6 +88,14 @@ class Flight:
         self.host.call("device_open", name=self.other)
         return Flight(self.rig, self.other, self.device)
 
+    def joined(self) -> Flight:
+        """A file of the other device, by its name, bound to the first one's iommufd."""
+        self.host.call("file_open", name=self.other, device=self.other)
+        self.host.call("raw_bind", device=self.other, iommufd=self.iommufd)
+        found = Flight(self.rig, self.other, self.device)
+        found.iommufd = self.iommufd
+        return found
+
     def memory(self, ioas: int, iova: int, length: int = CHUNK) -> int:
         """Memory at *iova* that puts accesses to sleep; its handle."""
         place: dict[str, Any] = {

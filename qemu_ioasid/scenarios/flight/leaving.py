@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
-from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.scenarios.checks import Trial
+from typing import Any
+
+from qemu_ioasid.deadline import Deadline, calibration
+from qemu_ioasid.scenarios.checks import Trial, told
 from qemu_ioasid.scenarios.flight.ground import (
     BUSY,
     CHUNK,
+    LOG,
     PAGE,
     PLAIN,
+    REGISTERS,
     SLOW,
     SOON_SECONDS,
     Flight,
@@ -17,6 +21,9 @@ from qemu_ioasid.scenarios.flight.ground import (
     fill,
 )
 from qemu_ioasid.scenarios.table import Table
+
+#: PDMA_FAULT_ENDED (include/uapi/linux/pdma.h), as it is in memory.
+ENDED = "0a000000"
 
 TABLE = Table()
 _CHECK = TABLE.phase("a PASID leaves, or moves, under work")
@@ -58,6 +65,31 @@ def detach_killed(flight: Flight, trial: Trial) -> None:
     trial.saw("the second work whole")
 
 
+@_CHECK(
+    "detach-behind-another", "kill a process that detaches a PASID whose work waits for another's"
+)
+def detach_behind_another(flight: Flight, trial: Trial) -> None:
+    """Two devices share the PASID, and the other one's work sleeps: that is not ended."""
+    space, ticket = flight.sleeping()
+    other = flight.joined()
+    other.registrar.raw_attach(other.device, space.pasid, space.ioas)
+    work = [fill(space.pasid, PLAIN)]
+    waiting = flight.host.start("file_submit", device=other.device, descriptors=work, seconds=60)
+    seconds = SOON_SECONDS * calibration()
+    flight.host.call("wait_worker", device=other.device, state="D", seconds=seconds)
+    other.waiting(trial, "detach", pasid=space.pasid)
+    other.kill(trial)
+    (done,) = waiting.result(Deadline(45, "end of the work that waits"))
+    trial.require(done["status"] == "FAULT", f"that work ended as {told(done)}")
+    place: dict[str, Any] = {"region": REGISTERS, "how": "read", "offset": LOG + 4, "length": 4}
+    found = flight.host.call("file_access", device=other.device, like=other.device, **place)
+    trial.require(found["hex"] == ENDED, f"it is logged with the reason {found['hex']}")
+    flight.release(space.slow)
+    flight.completions(trial, ticket, "DONE")
+    flight.untouched(trial, space.plain, "the work that was ended")
+    trial.saw("the sleeping work whole, of the other no byte")
+
+
 @_CHECK("replace", "replace a PASID's IOAS while its first work sleeps and its second waits")
 def replace(flight: Flight, trial: Trial) -> None:
     """No piece of work is in both; and nobody joins a PASID that is on its way."""
@@ -68,10 +100,9 @@ def replace(flight: Flight, trial: Trial) -> None:
     flight.blocked(old)
     shown = flight.listed(old.pasid)["state"], flight.tabled(old.pasid)["state"]
     trial.require(shown == ("paused", "busy"), f"list and table say {shown} meanwhile")
-    flight.host.call("file_open", name="joining", device=flight.other)
-    flight.host.call("raw_bind", device="joining", iommufd=flight.iommufd)
+    joining = flight.joined()
     with trial.refusal("EBUSY", "attach of another device meanwhile"):
-        flight.registrar.raw_attach("joining", old.pasid, old.ioas)
+        flight.registrar.raw_attach(joining.device, old.pasid, old.ioas)
     flight.waits(trial, moving, "replace", old.slow)
     flight.completions(trial, ticket, "DONE", "DONE")
     places = {
