@@ -31,6 +31,8 @@ logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
 #: The most that is read of what a command in a VM writes, in bytes.
 LONGEST = 64 << 20
+#: So soon a watch over a command notices that the command is over.
+WATCH_SECONDS = 0.5
 
 
 class Stream(Protocol):
@@ -133,8 +135,14 @@ class Ssh:
         """The content of a file in the VM."""
         return self.output(f"cat {shlex.quote(path)}", deadline)
 
-    def output(self, script: str, deadline: Deadline, data: bytes = b"") -> bytes:
-        """What *script*, fed with *data*, writes in the VM.
+    def output(
+        self,
+        script: str,
+        deadline: Deadline,
+        data: bytes = b"",
+        unless: threading.Event | None = None,
+    ) -> bytes:
+        """What *script*, fed with *data*, writes in the VM; nobody waits for it any more *unless*.
 
         Raises InfrastructureError when it fails, or writes more than `LONGEST`.
         """
@@ -142,7 +150,7 @@ class Ssh:
         with contextlib.closing(channel):
             out = bytearray()
             try:
-                with bounded(channel, deadline):
+                with bounded(channel, deadline), _ended(channel, unless):
                     channel.sendall(data)
                     channel.shutdown_write()
                     while part := channel.recv(65536):
@@ -159,6 +167,27 @@ class Ssh:
                     f"{self._name}: {script}: exit code {status}: {visible(said)}"
                 )
         return bytes(out)
+
+
+@contextlib.contextmanager
+def _ended(channel: paramiko.Channel, unless: threading.Event | None) -> Iterator[None]:
+    """Close *channel* when *unless* is set before the block has ended."""
+    if unless is None:
+        yield
+        return
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            if unless.wait(WATCH_SECONDS):
+                channel.close()
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 @contextlib.contextmanager
