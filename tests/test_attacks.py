@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qemu_ioasid import config, kernel
-from qemu_ioasid.scenarios import attacks, flight, hotplug
+from qemu_ioasid.scenarios import abi, attacks, flight, hotplug
 from qemu_ioasid.scenarios.acts import parts
 from qemu_ioasid.scenarios.attacks import registration
 from tests.conftest import Command
@@ -21,7 +21,7 @@ PAGE = (ROOT / "docs/security-model.md").read_text()
 RIG = config.load(config.DEFAULT, {})
 ATTACKS = [row.name for row in attacks.rows(RIG)]
 ROWS = [*ATTACKS, *(row.name for row in hotplug.rows(RIG))]
-FLIGHT = [row.name for row in flight.rows(config.load(flight.RIG, {}))]
+OTHERS = [row.name for each in (flight, abi) for row in each.rows(config.load(each.RIG, {}))]
 #: A row's name, or a pattern of them, as the page's table has it in its last column.
 NAMED = [
     pattern
@@ -38,7 +38,7 @@ def test_there_are_many_and_each_has_a_name_of_its_own() -> None:
 
 @pytest.mark.parametrize("pattern", NAMED)
 def test_the_page_names_attacks_there_are(pattern: str) -> None:
-    assert fnmatch.filter([*ROWS, *FLIGHT], pattern)
+    assert fnmatch.filter([*ROWS, *OTHERS], pattern)
 
 
 def test_every_attack_is_on_the_page() -> None:

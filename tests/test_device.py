@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What devices tell guests, and what they are to each other; the rest is the scenario abi."""
+"""What devices tell guests, and what they are to each other; the rest is scenarios' to find."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.errors import CallFailed
 from qemu_ioasid.hostdevice import HostDevice
 from qemu_ioasid.rig import Descriptor, Rig, copy
+from tests.conftest import Command
 
 NOP, COMPARE = 0, 3
 #: Where the mdev finds g1's arena.
 BASE, SIZE = 1 << 33, 1 << 20
+
+
+@pytest.mark.parametrize("scenario", ["abi", "flight"])
+def test_a_device_alone_is_as_it_must_be(command: Command, scenario: str) -> None:
+    ended = command("run", scenario, "--json")
+    assert ended.code == 0, ended.err
+    checks = ended.json()["checks"]
+    assert {check["name"]: check["verdict"] for check in checks if check["verdict"] != "pass"} == {}
 
 
 def work(opcode: int, src: int, dst: int, length: int, pasid: int | None = None) -> Descriptor:
