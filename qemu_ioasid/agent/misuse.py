@@ -96,6 +96,7 @@ def _irqs(opened: OpenDevice, one: int, two: int) -> Json:
         "nothing to raise": [ask(NONE, 0, 2), raised()],
         "both": [ask(EVENTFD, 0, 2, one, two), ask(NONE, 0, 2), raised()],
         "chosen": [ask(BOOL, 0, 2, 0, 1), raised()],
+        "chosen from 1 on": [ask(BOOL, 1, 1, 0), ask(BOOL, 1, 1, 1), raised()],
         "no eventfd": [ask(EVENTFD, 0, 2, two, 0), ask(EVENTFD, 0, 2, two, 999)],
         "nothing changed": [ask(NONE, 0, 1), raised()],
         "swapped": [ask(EVENTFD, 1, 1, one), ask(NONE, 1, 1), raised()],
@@ -173,6 +174,10 @@ def regions(opened: OpenDevice) -> Json:
     told["written"] = registers()
     device.write(config, 0, b"\xff" * 256)
     told["config set"] = device.read(config, 0, 256).hex()
+    device.reset()
+    for at in range(256):
+        device.write(config, at, b"\xff")
+    told["config set by bytes"] = device.read(config, 0, 256).hex()
     device.reset()
     told["config after a reset"] = device.read(config, 0, 256).hex()
     told["sizes"] = [

@@ -9,7 +9,7 @@ from typing import Any
 
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.scenarios.checks import Skipped, Trial
-from qemu_ioasid.scenarios.flight.ground import Flight
+from qemu_ioasid.scenarios.flight.ground import PLAIN, Flight, fill
 from qemu_ioasid.scenarios.table import Table
 
 #: Where the host VM has the driver, if it is a module, and what that was told.
@@ -71,6 +71,7 @@ def irqs(flight: Flight, trial: Trial) -> None:
         "nothing to raise": ["0", [0, 0]],
         "both": ["0", "0", [1, 1]],
         "chosen": ["0", [0, 1]],
+        "chosen from 1 on": ["0", "0", [0, 1]],
         "no eventfd": ["EINVAL", "EBADF"],
         "nothing changed": ["0", [1, 0]],
         "swapped": ["0", "0", [1, 0]],
@@ -146,7 +147,7 @@ def removal(flight: Flight, trial: Trial) -> None:
     # The file to remove it by goes first.
     begun = f"while [ -e {sysfs}/remove ]; do :; done"
     shell(f"echo 1 >{sysfs}/remove 2>/dev/null </dev/null & {begun}")
-    found = shell(f"cat {DEBUGFS}/{uuid}/pasids 2>&1")
+    found = shell(f"cat {DEBUGFS}/{uuid}/pasids 2>&1 || :")
     flight.host.call("device_close", name=flight.device)
     shell(f"while [ -e {sysfs} ]; do :; done")
     there = shell(f"ls -d {DEBUGFS}/{uuid} 2>/dev/null || :")
@@ -195,6 +196,23 @@ def _attach_for_two_reasons(flight: Flight, trial: Trial) -> None:
         attach(flight.other, 1, others)
     with trial.refusal("EINVAL", "PASID too wide, list full"):
         attach(flight.other, 1 << 20, others)
+
+
+@_CHECK("failed", "replace a PASID's IOAS by one there is not, and go on")
+def failed(flight: Flight, trial: Trial) -> None:
+    """After any error the list and the mapping are as before, and so is the parent's table."""
+    one, two = flight.registered(), flight.space()
+    before = flight.tabled(one.pasid), flight.listed(one.pasid)
+    with trial.refusal("ENOENT", "replace"):
+        flight.registrar.raw_attach(flight.device, one.pasid, 1 << 20)
+    after = flight.tabled(one.pasid), flight.listed(one.pasid)
+    trial.require(after == before, f"table and list were {before}, are {after}")
+    flight.completions(trial, flight.submit(fill(one.pasid, PLAIN)), "DONE")
+    trial.require(flight.holds(one.plain), "the work is not in the old memory")
+    flight.registrar.raw_attach(flight.device, one.pasid, two.ioas)
+    flight.completions(trial, flight.submit(fill(one.pasid, PLAIN)), "DONE")
+    trial.require(flight.holds(two.plain), "the work is not in the new memory")
+    trial.saw("as before, and a replace that can be")
 
 
 @_CHECK("instances", f"make as many mdevs as there may be, twice, of {INSTANCES}")

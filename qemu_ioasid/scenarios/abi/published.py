@@ -79,11 +79,10 @@ def wrapped(flight: Flight, trial: Trial) -> None:
     at = COMPLETIONS + RECORD * USED
     counts = struct.pack("<2I", USED, USED + 1)
     with _at_store(flight, trial, _rings(flight, deadline) + at, nop, deadline) as (stub, call):
-        places = [
-            page + found.start()
-            for page, data in _pointed_at(stub).items()
-            for found in re.finditer(re.escape(counts), data)
-        ]
+        memory = _pointed_at(stub)
+        early = _places(memory, struct.pack("<2I", USED + 1, USED + 1))
+        places = _places(memory, counts)
+        trial.require(bool(places) or not early, "HEAD had moved before seq was stored")
         if len(places) != 1:
             raise Skipped(f"HEAD and TAIL cannot be told apart from {len(places)} places")
         stub.write(places[0], struct.pack("<2I", NEARLY, NEARLY + 1))
@@ -101,6 +100,15 @@ def wrapped(flight: Flight, trial: Trial) -> None:
     expected = [(tail - RING + (slot - tail) % RING + 1) % WRAP for slot in range(RING)]
     trial.require(seqs == expected, "the completions are not numbered on")
     trial.saw("work on both sides of it, numbered on")
+
+
+def _places(memory: dict[int, bytes], data: bytes) -> list[int]:
+    """Where in these pages *data* is."""
+    return [
+        page + found.start()
+        for page, content in memory.items()
+        for found in re.finditer(re.escape(data), content)
+    ]
 
 
 @contextlib.contextmanager

@@ -56,6 +56,7 @@ def regions(flight: Flight, trial: Trial) -> None:
         "written": REGISTERS,
         "config": _config(False).hex(),
         "config set": _config(True).hex(),
+        "config set by bytes": _config(True).hex(),
         "config after a reset": _config(False).hex(),
         # BAR0 takes 4 bytes at a multiple of 4
         "sizes": ["EINVAL"] * 5,

@@ -125,6 +125,8 @@ def replace_killed(flight: Flight, trial: Trial) -> None:
     flight.kill(trial)
     state = flight.listed(old.pasid)["state"]
     trial.require(state == "open", f"the list says {state!r} after that")
+    state = flight.tabled(old.pasid)["state"]
+    trial.require(state == "ready", f"the table says {state!r} after that")
     flight.release(old.slow)
     flight.completions(trial, ticket, "DONE", "DONE")
     trial.require(flight.holds(old.slow) and flight.holds(old.plain), "the old memory lacks work")
@@ -211,6 +213,31 @@ def others(flight: Flight, trial: Trial) -> None:
     flight.release(space.slow)
     flight.completions(trial, ticket, "DONE", "DONE")
     trial.saw("the work asleep all the while, and then whole")
+
+
+@_CHECK("last-leaves", "join a PASID while the last device that has it leaves")
+def last_leaves(flight: Flight, trial: Trial) -> None:
+    """It is nobody's before its access is gone; that waits for work in the same memory."""
+    space = flight.registered()
+    leaving = flight.registrar.alloc(flight.iommufd)
+    flight.registrar.register(flight.device, flight.iommufd, leaving, space.ioas)
+    joining = flight.joined()
+    ticket = flight.submit(fill(space.pasid, SLOW))
+    flight.asleep(space.slow)
+    call = flight.host.start("unregister", device=flight.device, pasid=leaving)
+    deadline = Deadline(20, "a PASID that is on its way out")
+    while flight.tabled(leaving).get("state") == "ready":
+        deadline.remaining()
+    args: dict[str, object] = {"device": joining.device, "pasid": leaving, "ioas": space.ioas}
+    join = flight.host.start("raw_attach", **args)
+    soon = join.ends_within(deadline.remaining())
+    flight.waits(trial, call, "detach", space.slow)
+    trial.require(soon, "who joins waits for the memory, and has the PASID meanwhile")
+    with trial.refusal("EBUSY", "attach of another device meanwhile"):
+        join.result(deadline)
+    flight.completions(trial, ticket, "DONE")
+    flight.registrar.raw_attach(joining.device, leaving, space.ioas)
+    trial.saw("the PASID free for others after the detach, and not before")
 
 
 def _sleeping_own(flight: Flight, *queued: int) -> tuple[Space, int]:
