@@ -15,6 +15,8 @@ from qemu_ioasid.qmp import Qmp
 
 #: What QEMU's stub for x86-64 tells first of all registers: rax to r15 (gdb-xml/i386-64bit.xml).
 _GENERAL, _WORD = 16, 8
+#: To let go of a VM, in seconds of the reference machine.
+END_SECONDS = 10.0
 
 
 def serve(monitor: Qmp, name: str, path: str, deadline: Deadline) -> None:
@@ -35,12 +37,12 @@ def stopped(monitor: Qmp, name: str, folder: Path, deadline: Deadline) -> Iterat
         _served(monitor, name, short / "gdb", deadline) as path,
         socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock,
     ):
-        sock.connect(str(path))
         stub = Stub(sock, name, deadline)
+        stub.connect(path)
         try:
             yield stub
         finally:
-            stub.detach()
+            stub.detach(Deadline(END_SECONDS, f"end of gdb's hold on {name}"))
 
 
 @contextlib.contextmanager
@@ -59,8 +61,8 @@ def _served(monitor: Qmp, name: str, path: Path, deadline: Deadline) -> Iterator
     try:
         yield path
     finally:
-        monitor.monitor("gdbserver none", deadline)
         path.unlink(missing_ok=True)
+        monitor.monitor("gdbserver none", Deadline(END_SECONDS, f"end of {name}'s door for gdb"))
 
 
 class Stub:
@@ -74,6 +76,14 @@ class Stub:
         self._name = name
         self._deadline = deadline
         self._unread = b""
+        self._runs = False
+
+    def connect(self, path: Path) -> None:
+        """The VM has stopped when this returns: connected is also who has not been heard yet."""
+        with self._blamed():
+            self._sock.settimeout(self._deadline.remaining())
+            self._sock.connect(str(path))
+        self._ask("?")
 
     def run_to_store(self, address: int, length: int) -> bool:
         """Have the VM run on until it has stored to these bytes of the kernel's, and stop there.
@@ -83,7 +93,9 @@ class Stub:
         place = f"2,{address:x},{length:x}"
         if self._ask(f"Z{place}") != "OK":
             raise InfrastructureError(f"{self._name}: QEMU watches no store to {address:#x}")
+        self._runs = True
         why = self._ask("c")
+        self._runs = False
         self._ask(f"z{place}")
         return "watch:" in why
 
@@ -104,12 +116,20 @@ class Stub:
         if self._ask(f"M{address:x},{len(data):x}:{data.hex()}") != "OK":
             raise InfrastructureError(f"{self._name}: QEMU writes nothing to {address:#x}")
 
-    def detach(self) -> None:
-        """Let the VM run on; nothing is watched any more."""
+    def detach(self, deadline: Deadline) -> None:
+        """Let the VM run on, by another *deadline*; nothing is watched any more."""
+        self._deadline = deadline
+        if self._runs:
+            # It hears nothing else while it runs, and says that it has stopped.
+            self._send(b"\x03")
+            self._answer()
         self._ask("D")
 
     def _ask(self, packet: str) -> str:
         self._send(f"${packet}#{sum(packet.encode()) & 0xFF:02x}".encode())
+        return self._answer()
+
+    def _answer(self) -> str:
         said, self._unread = self._until(b"#", 2)
         self._send(b"+")
         # Before it is the stub's own "+".

@@ -142,9 +142,10 @@ class Ssh:
         data: bytes = b"",
         unless: threading.Event | None = None,
     ) -> bytes:
-        """What *script*, fed with *data*, writes in the VM; nobody waits for it any more *unless*.
+        """What *script*, fed with *data*, writes in the VM.
 
-        Raises InfrastructureError when it fails, or writes more than `LONGEST`.
+        Raises InfrastructureError when it fails, writes more than `LONGEST`, or has not ended when
+        *unless* is set: then nobody waits for it any more.
         """
         channel = self.run(script, deadline)
         with contextlib.closing(channel):
@@ -161,6 +162,10 @@ class Ssh:
                     status = channel.recv_exit_status()
             except OSError:
                 raise ConnectionLost(f"{self._name}: SSH connection ended") from None
+            if status and unless is not None and unless.is_set():
+                raise InfrastructureError(
+                    f"{self._name}: {script}: given up, something else is wrong"
+                )
             if status:
                 said = channel.recv_stderr(4096).decode(errors="replace").strip()
                 raise InfrastructureError(
@@ -183,11 +188,13 @@ def _ended(channel: paramiko.Channel, unless: threading.Event | None) -> Iterato
                 channel.close()
                 return
 
-    threading.Thread(target=watch, daemon=True).start()
+    thread = threading.Thread(target=watch, name="watch over a command", daemon=True)
+    thread.start()
     try:
         yield
     finally:
         over.set()
+        thread.join()
 
 
 @contextlib.contextmanager

@@ -11,13 +11,18 @@ import os
 import signal
 import threading
 from contextlib import ExitStack
+from glob import glob
 
 from qemu_ioasid.agent.descriptor import Descriptor
 from qemu_ioasid.agent.iommufd import Iommufd
 from qemu_ioasid.agent.opendevice import completions
 from qemu_ioasid.agent.pdma import Ring
+from qemu_ioasid.agent.procfs import task_state
 from qemu_ioasid.agent.server import Server
 from qemu_ioasid.agent.vfio import VfioDevice
+
+#: arch/x86/entry/syscalls/syscall_64.tbl, as proc(5) has it.
+IOCTL = "16"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +32,12 @@ if TYPE_CHECKING:
     from qemu_ioasid.agent.spawn import Spawner
 
     Json = dict[str, Any]
+
+
+def _in_ioctl(task: str) -> bool:
+    with open(f"{task}/syscall") as file:
+        number = file.read().split()[0]
+    return number == IOCTL and task_state(task) == "D"
 
 
 class Holder:
@@ -125,6 +136,7 @@ class Holders:
         self.operations: Mapping[str, Callable[..., Any]] = {
             "holder_start": self.start,
             "holder_call": self.call,
+            "holder_waits": self.waits,
             "holder_kill": self.kill,
         }
 
@@ -140,6 +152,12 @@ class Holders:
         with self._lock:
             running = self._running[name]
         return running.call(what, args)
+
+    def waits(self, name: str) -> Json:
+        """Whether a thread of it sleeps in an ioctl that no signal but SIGKILL may end."""
+        with self._lock:
+            pid = self._running[name].pid
+        return {"waits": any(map(_in_ioctl, glob(f"/proc/{pid}/task/*")))}
 
     def kill(self, name: str) -> None:
         """SIGKILL; its files are closed when this answers."""

@@ -42,32 +42,44 @@ grep ' pdma_' /proc/vmallocinfo
 echo $before >kptr_restrict
 """
 
+SECOND = COMPLETIONS + RECORD
+
 TABLE = Table()
 _CHECK = TABLE.phase("what a debugger sees")
 
 
 @_CHECK("published", "stop the host VM as a completion's seq is stored, and read the rest")
 def published(flight: Flight, trial: Trial) -> None:
-    """Who sees seq may read the completion and the log: another processor, at that moment."""
+    """Who sees seq may read all of it: another processor, at that moment."""
+    seen, _ = _at_second_fault(flight, trial)
+    whole = flight.region(RINGS, SECOND, RECORD)
+    trial.require(seen == whole, f"with its seq the completion was {seen.hex()}")
+    trial.saw("the whole completion")
+
+
+@_CHECK("published-log", "stop the host VM as a fault's completion is stored, and read the log")
+def published_log(flight: Flight, trial: Trial) -> None:
+    """Who sees seq may read the log, too."""
+    _, memory = _at_second_fault(flight, trial)
+    before, logged = (flight.region(REGISTERS, LOG + at, RECORD) for at in (0, RECORD))
+    if before not in memory:
+        raise Skipped("no register of the processor leads to the log")
+    trial.require(logged in memory, "the fault was not in the log yet")
+    trial.saw("the fault in the log")
+
+
+def _at_second_fault(flight: Flight, trial: Trial) -> tuple[bytes, bytes]:
+    """The second completion of two faults as its seq is stored, and memory around the device."""
     space = flight.registered()
     # Every field of what comes of it is something: its second chunk is not mapped.
     work = fill(space.pasid, PLAIN, 2 * CHUNK)
     flight.completions(trial, flight.submit(work), "FAULT")
-    second = COMPLETIONS + RECORD
     deadline = Deadline(20, "store of a completion's seq")
-    ring = _rings(flight, deadline)
-    with _at_store(flight, trial, ring + second, work, deadline) as (stub, call):
-        seen, memory = stub.read(ring + second, RECORD), b"".join(_pointed_at(stub).values())
+    place = _rings(flight, deadline) + SECOND
+    with _at_store(flight, trial, place, work, deadline) as (stub, call):
+        seen, memory = stub.read(place, RECORD), b"".join(_pointed_at(stub).values())
     flight.completions(trial, call.result(deadline)["ticket"], "FAULT")
-    trial.require(
-        seen == flight.region(RINGS, second, RECORD),
-        f"with its seq the completion was {seen.hex()}",
-    )
-    before, logged = (flight.region(REGISTERS, LOG + at, RECORD) for at in (0, RECORD))
-    if before not in memory:
-        raise Skipped("the completion was whole; no register of the processor leads to the log")
-    trial.require(logged in memory, "the fault was not in the log yet")
-    trial.saw("the whole completion, and the fault in the log")
+    return seen, memory
 
 
 @_CHECK("wrapped", "have a device count past 2^32")

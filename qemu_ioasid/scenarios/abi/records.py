@@ -81,6 +81,8 @@ def log_full(flight: Flight, trial: Trial) -> None:
 def log_counts(flight: Flight, trial: Trial) -> None:
     """The ring has the same work each time around."""
     flight.done(flight.submit(*[work(NOP, 0, 0, 0, 5)] * RING))
+    # A doorbell counts from HEAD, which moves after the completion.
+    flight.ends()
     for tail in range(2 * RING, MANY + RING, RING):
         flight.host.call("device_doorbell", name=flight.device, tail=tail)
         flight.ends()
@@ -126,6 +128,7 @@ def reset(flight: Flight, trial: Trial) -> None:
     memory = Memory(flight, trial)
     flight.host.call("raw_irqs", device=flight.device, start=0, count=2)
     flight.done(flight.submit(*[work(FILL, 5, BASE, 8, memory.pasid), work(4, 0, 0, 0)] * 9))
+    flight.ends()
     flight.host.call("device_doorbell", name=flight.device, tail=2 * RING)
     status = flight.registers()["STATUS"]
     trial.require(status == OVERRUN, f"STATUS is {status} after an overrun")

@@ -255,7 +255,12 @@ class Flight:
         """Another process begins an operation on the device, which must not return yet."""
         self.host.call("holder_start", name=HOLDER, device=self.device, iommufd=self.iommufd)
         call = self.host.start("holder_call", name=HOLDER, what=what, args=args)
-        early = call.ends_within(EARLY_SECONDS)
+        deadline = Deadline(SOON_SECONDS, f"a process that waits in {what}")
+        early = False
+        while not (early or self.host.call("holder_waits", name=HOLDER)["waits"]):
+            early = call.ends_within(0)
+            deadline.remaining()
+        early = early or call.ends_within(EARLY_SECONDS)
         trial.require(not early, f"{what} returned with work in flight")
 
     def kill(self, trial: Trial) -> None:

@@ -82,7 +82,7 @@ def signal(flight: Flight, trial: Trial) -> None:
     deadline = Deadline(20, "kill in the host VM")
     shell = flight.rig.host.ssh
     uuid = flight.rig.mdevs[flight.device]
-    found = shell.output(f"grep -l {uuid[:8]} /proc/[0-9]*/comm", deadline).decode().split()
+    found = shell.output(f"grep -ls {uuid[:8]} /proc/[0-9]*/comm || :", deadline).decode().split()
     trial.require(len(found) == 1, f"the device has {len(found)} threads")
     shell.output(f"kill -9 {found[0].split('/')[2]}", deadline)
     flight.release(space.slow)
