@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from qemu_ioasid.deadline import calibration
+from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.scenarios.checks import Trial
 from qemu_ioasid.scenarios.flight.ground import (
+    CHUNK,
     EARLY_SECONDS,
     HOLDER,
     PAGE,
@@ -63,6 +64,25 @@ def resets(flight: Flight, trial: Trial) -> None:
     trial.require(counts == (0, 0), f"TAIL and HEAD are {counts} after a reset")
     flight.untouched(trial, space.plain, "work that a reset drops")
     trial.saw("the first work alone")
+
+
+@_CHECK("reset-log", "reset the device while work sleeps that is going to fault")
+def reset_log(flight: Flight, trial: Trial) -> None:
+    """Its record goes with the others; and another device's reset waits for none of this."""
+    space = flight.registered()
+    flight.submit(fill(space.pasid, SLOW, 3 * CHUNK))
+    flight.asleep(space.slow)
+    resetting = flight.host.start("device_reset", name=flight.device)
+    other = flight.beside()
+    beside = flight.host.start("device_reset", name=other.device)
+    soon = beside.ends_within(SOON_SECONDS * calibration())
+    flight.waits(trial, resetting, "reset", space.slow)
+    trial.require(soon, "the other device's reset waits for this one's")
+    beside.result(Deadline(20, "the other device's reset"))
+    trial.require(flight.holds(space.plain), "the second chunk is not whole")
+    logged = flight.registers()["FAULT_COUNT"]
+    trial.require(not logged and not any(flight.log()), "a record of before is in the log")
+    trial.saw("two chunks of the work, and no record of its fault")
 
 
 @_CHECK("doorbell", "submit work while a process resets the device, and kill that")

@@ -10,9 +10,10 @@ from typing import Any
 
 from qemu_ioasid.client import Pending
 from qemu_ioasid.deadline import Deadline, calibration
+from qemu_ioasid.errors import InfrastructureError
 from qemu_ioasid.model.engine import FILL
 from qemu_ioasid.rig import Completion, Descriptor, Rig
-from qemu_ioasid.scenarios.checks import Trial, told
+from qemu_ioasid.scenarios.checks import Broken, Trial, told
 
 PAGE = 4096
 #: The engine works in such pieces.
@@ -25,6 +26,8 @@ REGISTERS, RINGS, CONFIG = 0, 2, 7
 #: Where BAR2 has the completions and BAR0 the fault log, which goes to its end.
 COMPLETIONS, LOG = 0x8000, 0x800
 RINGS_SIZE, REGISTERS_SIZE = 0x10000, 0x1000
+#: A register: how many descriptors have ended.
+HEAD = 0x24
 #: A descriptor, a completion and a record of the log, in bytes.
 RECORD = 32
 #: What a fill stores.
@@ -75,8 +78,12 @@ class Flight:
         self.host.call("device_open", name=self.device)
         try:
             yield
-        finally:
-            self.host.call("reset")
+        except Broken:
+            # What does not do as it must may not even end.
+            with contextlib.suppress(InfrastructureError):
+                self.host.call("reset")
+            raise
+        self.host.call("reset")
 
     def reopen(self) -> None:
         """Close the device and open it: whoever has it now is the next one."""
@@ -231,13 +238,16 @@ class Flight:
         """Return when the device has ended all its work, and raised what that raises."""
         deadline = Deadline(20, "end of all work")
         while len({*self.counts()}) > 1:
-            deadline.remaining()
+            if deadline.elapsed() > deadline.seconds:
+                raise Broken(f"the device goes no further: {self.registers()}")
 
     def waits(self, trial: Trial, call: Pending, what: str, handle: int) -> Any:
         """Require *call* to return after the release of the memory of *handle*, and not before."""
         early = call.ends_within(EARLY_SECONDS)
         self.release(handle)
-        answer = call.result(Deadline(45, f"return of {what}"))
+        deadline = Deadline(45, f"return of {what}")
+        trial.require(call.ends_within(deadline.seconds), f"{what} never returns")
+        answer = call.result(deadline)
         trial.answer(f"{what}: 0")
         trial.require(not early, f"{what} returned with work in flight")
         return answer

@@ -134,6 +134,20 @@ def replace_killed(flight: Flight, trial: Trial) -> None:
     trial.saw("both works in the old memory, none in the new")
 
 
+@_CHECK("replace-fails", "replace a PASID's IOAS by one there is not while its work sleeps")
+def replace_fails(flight: Flight, trial: Trial) -> None:
+    """What waits meanwhile goes on in the old memory."""
+    space, ticket = flight.sleeping(PLAIN)
+    args: dict[str, object] = {"device": flight.device, "pasid": space.pasid, "ioas": 1 << 20}
+    moving = flight.host.start("raw_attach", **args)
+    flight.blocked(space)
+    with trial.refusal("ENOENT", "replace"):
+        flight.waits(trial, moving, "replace", space.slow)
+    flight.completions(trial, ticket, "DONE", "DONE")
+    trial.require(flight.holds(space.slow) and flight.holds(space.plain), "work is not whole")
+    trial.saw("both works in the old memory")
+
+
 @_CHECK("own", "replace the IOAS of work without a PASID while the first such work sleeps")
 def own(flight: Flight, trial: Trial) -> None:
     old, new = flight.space(), flight.space()

@@ -3,9 +3,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from qemu_ioasid.deadline import Deadline
 from qemu_ioasid.scenarios.checks import Trial, told
-from qemu_ioasid.scenarios.flight.ground import CHUNK, HOLDER, PLAIN, SLOW, Flight, fill
+from qemu_ioasid.scenarios.flight.ground import (
+    CHUNK,
+    HEAD,
+    HOLDER,
+    PLAIN,
+    REGISTERS,
+    SLOW,
+    Flight,
+    fill,
+)
 from qemu_ioasid.scenarios.table import Table
 
 #: The file that stays when its opener is gone.
@@ -59,11 +70,15 @@ def opener_gone(flight: Flight, trial: Trial) -> None:
     space = flight.space()
     flight.registrar.raw_attach(KEPT, space.pasid, space.ioas)
     flight.kill(trial)
+    flight.host.call("raw_irqs", device=KEPT, start=0, count=2)
     for number in range(SLEEPS):
         iova = SLOW + (2 + number) * CHUNK
         slow = flight.memory(space.ioas, iova)
         work = flight.host.start(
-            "file_submit", device=KEPT, descriptors=[fill(space.pasid, iova)], seconds=60
+            "file_submit",
+            device=KEPT,
+            descriptors=[{**fill(space.pasid, iova), "interrupt": True}],
+            seconds=60,
         )
         flight.asleep(slow)
         ended = work.ends_within(SLEEP_SECONDS)
@@ -71,6 +86,14 @@ def opener_gone(flight: Flight, trial: Trial) -> None:
         (done,) = work.result(Deadline(45, "end of the work"))
         trial.require(not ended, f"work that sleeps ended: {told(done)}")
         trial.require(done["status"] == "DONE", f"such work ended as {told(done)}")
+    # The last work's interrupt comes after its completion, and with its HEAD.
+    place: dict[str, Any] = {"region": REGISTERS, "how": "read", "offset": HEAD, "length": 4}
+    deadline = Deadline(20, "end of the last work")
+    ended = SLEEPS.to_bytes(4, "little").hex()
+    while flight.host.call("file_access", device=KEPT, like=KEPT, **place)["hex"] != ended:
+        deadline.remaining()
+    raised = flight.host.call("irqs_seen", device=KEPT)["counts"]
+    trial.require(raised == [SLEEPS, 0], f"{SLEEPS} works raised the vectors {raised} times")
     trial.answer(f"{SLEEPS} works, all DONE")
     trial.saw("no work of it ended")
 
