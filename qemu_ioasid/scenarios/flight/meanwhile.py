@@ -89,8 +89,8 @@ def opener_gone(flight: Flight, trial: Trial) -> None:
     # The last work's interrupt comes after its completion, and with its HEAD.
     place: dict[str, Any] = {"region": REGISTERS, "how": "read", "offset": HEAD, "length": 4}
     deadline = Deadline(20, "end of the last work")
-    ended = SLEEPS.to_bytes(4, "little").hex()
-    while flight.host.call("file_access", device=KEPT, like=KEPT, **place)["hex"] != ended:
+    head = SLEEPS.to_bytes(4, "little").hex()
+    while flight.host.call("file_access", device=KEPT, like=KEPT, **place)["hex"] != head:
         deadline.remaining()
     raised = flight.host.call("irqs_seen", device=KEPT)["counts"]
     trial.require(raised == [SLEEPS, 0], f"{SLEEPS} works raised the vectors {raised} times")
