@@ -28,6 +28,14 @@ while read -r uuid </proc/sys/kernel/random/uuid && echo $uuid >{TYPE}/create 2>
 do echo $uuid
 done
 """
+#: Reads the list of an mdev that was removed after its list was opened; what that ends with.
+READ_LATE = f"""
+read -r uuid </proc/sys/kernel/random/uuid && echo $uuid >{TYPE}/create
+exec 3<{DEBUGFS}/$uuid/pasids
+echo 1 >/sys/bus/mdev/devices/$uuid/remove
+cat <&3 2>&1 || :
+"""
+EIO = "Input/output error"
 #: What max_pasids takes, and what it does not.
 CAPS = {
     **dict.fromkeys(("1", "1048575"), True),
@@ -165,6 +173,8 @@ def removal(flight: Flight, trial: Trial) -> None:
     trial.require(not early, "the removal returned with the device open")
     trial.require(found == before, f"the list said {found!r} under the removal")
     trial.require(not left, "the list outlives the mdev")
+    late = shell(READ_LATE)
+    trial.require(late.endswith(EIO), f"a list that was open says {late!r} after the removal")
     trial.saw("the list until the mdev was gone, and no longer")
 
 

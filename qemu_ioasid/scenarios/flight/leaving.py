@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qemu_ioasid.client import Pending
 from qemu_ioasid.deadline import Deadline, calibration
 from qemu_ioasid.scenarios.checks import Trial, told
 from qemu_ioasid.scenarios.flight.ground import (
@@ -229,29 +230,48 @@ def others(flight: Flight, trial: Trial) -> None:
     trial.saw("the work asleep all the while, and then whole")
 
 
+@_CHECK("first-joins", "join a PASID while its first registration is being made")
+def first_joins(flight: Flight, trial: Trial) -> None:
+    """That waits for work in the same memory."""
+    space = flight.registered()
+    coming = flight.registrar.alloc(flight.iommufd)
+    ticket = flight.submit(fill(space.pasid, SLOW))
+    flight.asleep(space.slow)
+    call = flight.host.start("raw_attach", device=flight.device, pasid=coming, ioas=space.ioas)
+    _join(flight, trial, call, space, coming, "attach")
+    flight.completions(trial, ticket, "DONE")
+    flight.registrar.raw_attach(flight.other, coming, space.ioas)
+    trial.saw("the PASID free for others after the attach, and not before")
+
+
 @_CHECK("last-leaves", "join a PASID while the last device that has it leaves")
 def last_leaves(flight: Flight, trial: Trial) -> None:
     """It is nobody's before its access is gone; that waits for work in the same memory."""
     space = flight.registered()
     leaving = flight.registrar.alloc(flight.iommufd)
     flight.registrar.register(flight.device, flight.iommufd, leaving, space.ioas)
-    joining = flight.joined()
     ticket = flight.submit(fill(space.pasid, SLOW))
     flight.asleep(space.slow)
     call = flight.host.start("unregister", device=flight.device, pasid=leaving)
-    deadline = Deadline(20, "a PASID that is on its way out")
-    while flight.tabled(leaving).get("state") == "ready":
+    _join(flight, trial, call, space, leaving, "detach")
+    flight.completions(trial, ticket, "DONE")
+    flight.registrar.raw_attach(flight.other, leaving, space.ioas)
+    trial.saw("the PASID free for others after the detach, and not before")
+
+
+def _join(flight: Flight, trial: Trial, call: Pending, space: Space, pasid: int, what: str) -> None:
+    """The other device must not join *pasid* while *call*, which waits for memory, is under way."""
+    joining = flight.joined()
+    deadline = Deadline(20, f"a PASID that is busy: {what}")
+    while flight.tabled(pasid).get("state") != "busy" and not call.ends_within(0):
         deadline.remaining()
-    args: dict[str, object] = {"device": joining.device, "pasid": leaving, "ioas": space.ioas}
+    args: dict[str, object] = {"device": joining.device, "pasid": pasid, "ioas": space.ioas}
     join = flight.host.start("raw_attach", **args)
     soon = join.ends_within(deadline.remaining())
-    flight.waits(trial, call, "detach", space.slow)
+    flight.waits(trial, call, what, space.slow)
     trial.require(soon, "who joins waits for the memory, and has the PASID meanwhile")
     with trial.refusal("EBUSY", "attach of another device meanwhile"):
         join.result(deadline)
-    flight.completions(trial, ticket, "DONE")
-    flight.registrar.raw_attach(joining.device, leaving, space.ioas)
-    trial.saw("the PASID free for others after the detach, and not before")
 
 
 def _sleeping_own(flight: Flight, *queued: int) -> tuple[Space, int]:
