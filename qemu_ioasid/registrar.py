@@ -119,8 +119,11 @@ class Registrar:
         """As `unregister`, without waiting for it."""
         return self._agent.start("unregister", device=device, pasid=pasid)
 
-    def raw_attach(self, device: str, pasid: int, ioas: int) -> None:
-        """The bare ioctl on *device*'s fd, past every check of ours: for attacks."""
+    def raw_attach(self, device: str, pasid: int | None, ioas: int) -> None:
+        """The bare ioctl on *device*'s fd, past every check of ours: for attacks.
+
+        Without a PASID it is the device's own address space.
+        """
         self._agent.call("raw_attach", device=device, pasid=pasid, ioas=ioas)
 
     def audit(self) -> dict[str, Any]:

@@ -230,6 +230,21 @@ def failed(flight: Flight, trial: Trial) -> None:
     trial.saw("as before, and a replace that can be")
 
 
+@_CHECK("failed-own", "replace the device's own address space by one that cannot be one")
+def failed_own(flight: Flight, trial: Trial) -> None:
+    """ABI.md: EADDRINUSE, for a mapping that is not of whole pages; and work goes on."""
+    own = flight.space()
+    flight.registrar.raw_attach(flight.device, None, own.ioas)
+    bad = flight.registrar.ioas(flight.iommufd)
+    flight.memory(bad, PLAIN + 16)
+    with trial.refusal("EADDRINUSE", "attach"):
+        flight.registrar.raw_attach(flight.device, None, bad)
+    flight.completions(trial, flight.submit(fill(None, PLAIN)), "DONE")
+    trial.require(flight.holds(own.plain), "the work is not in the old memory")
+    flight.registrar.raw_attach(flight.device, None, flight.space().ioas)
+    trial.saw("as before, and a replace that can be")
+
+
 @_CHECK("instances", f"make as many mdevs as there may be, twice, of {INSTANCES}")
 def instances(flight: Flight, trial: Trial) -> None:
     shell = _shell(flight)

@@ -78,7 +78,7 @@ class Flight:
         self.host.call("device_open", name=self.device)
         try:
             yield
-        except Broken:
+        except BaseException:
             # What does not do as it must may not even end.
             with contextlib.suppress(InfrastructureError):
                 self.host.call("reset")

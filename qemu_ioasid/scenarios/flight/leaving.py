@@ -238,6 +238,9 @@ def first_joins(flight: Flight, trial: Trial) -> None:
     ticket = flight.submit(fill(space.pasid, SLOW))
     flight.asleep(space.slow)
     call = flight.host.start("raw_attach", device=flight.device, pasid=coming, ioas=space.ioas)
+    deadline = Deadline(20, "the entry of a PASID that is being registered")
+    while not flight.tabled(coming):
+        deadline.remaining()
     _join(flight, trial, call, space, coming, "attach")
     flight.completions(trial, ticket, "DONE")
     flight.registrar.raw_attach(flight.other, coming, space.ioas)
@@ -253,6 +256,9 @@ def last_leaves(flight: Flight, trial: Trial) -> None:
     ticket = flight.submit(fill(space.pasid, SLOW))
     flight.asleep(space.slow)
     call = flight.host.start("unregister", device=flight.device, pasid=leaving)
+    deadline = Deadline(20, "the end of a PASID in the list that it leaves")
+    while flight.listed(leaving):
+        deadline.remaining()
     _join(flight, trial, call, space, leaving, "detach")
     flight.completions(trial, ticket, "DONE")
     flight.registrar.raw_attach(flight.other, leaving, space.ioas)
@@ -262,9 +268,7 @@ def last_leaves(flight: Flight, trial: Trial) -> None:
 def _join(flight: Flight, trial: Trial, call: Pending, space: Space, pasid: int, what: str) -> None:
     """The other device must not join *pasid* while *call*, which waits for memory, is under way."""
     joining = flight.joined()
-    deadline = Deadline(20, f"a PASID that is busy: {what}")
-    while flight.tabled(pasid).get("state") != "busy" and not call.ends_within(0):
-        deadline.remaining()
+    deadline = Deadline(SOON_SECONDS, f"attach of another device under {what}")
     args: dict[str, object] = {"device": joining.device, "pasid": pasid, "ioas": space.ioas}
     join = flight.host.start("raw_attach", **args)
     soon = join.ends_within(deadline.remaining())
