@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from qemu_ioasid.deadline import Deadline
-from qemu_ioasid.errors import CallFailed
-from qemu_ioasid.scenarios.checks import Skipped, Trial
+from qemu_ioasid.errors import CallFailed, DeadlineExceeded
+from qemu_ioasid.scenarios.checks import Broken, Skipped, Trial
 from qemu_ioasid.scenarios.flight.ground import PLAIN, Flight, fill
 from qemu_ioasid.scenarios.table import Table
 
@@ -20,6 +20,7 @@ PARAMETER = f"/sys/module/{DRIVER}/parameters/max_pasids"
 DEBUGFS = "/sys/kernel/debug/pdma"
 TYPE = "/sys/class/mdev_bus/pdma/mdev_supported_types/pdma-1"
 INSTANCES = 64
+SHELL_SECONDS = 30.0
 #: What rmmod says of EWOULDBLOCK, which is how the kernel refuses it (kernel/module/main.c).
 BUSY = "Resource temporarily unavailable"
 #: Makes mdevs until the kernel refuses one, and tells their uuids.
@@ -138,7 +139,10 @@ def module(flight: Flight, trial: Trial) -> None:
     trial.require(modes.split() == ["400", "400"], f"debugfs: modes {modes.split()}")
 
     def refused(what: str, stdin: str) -> None:
-        said = shell(f"rmmod {DRIVER} 2>&1 <{stdin} || :")
+        try:
+            said = shell(f"rmmod {DRIVER} 2>&1 <{stdin} || :")
+        except DeadlineExceeded:
+            raise Broken(f"{what}: rmmod waits for the end of that") from None
         trial.answer(f"{what}: {said or 'unloaded'}")
         trial.require(BUSY in said, f"{what}: rmmod says {said!r}, not {BUSY}")
 
@@ -265,7 +269,7 @@ def _shell(flight: Flight) -> Callable[[str], str]:
     """What tells the output of a shell in the host VM."""
 
     def shell(script: str) -> str:
-        deadline = Deadline(60, f"a shell beside {DRIVER}")
+        deadline = Deadline(SHELL_SECONDS, f"a shell beside {DRIVER}")
         return flight.rig.host.ssh.output(script, deadline).decode().strip()
 
     return shell

@@ -23,6 +23,11 @@ from qemu_ioasid.scenarios.table import Table
 KEPT = "kept"
 #: So often such work sleeps, and so long: half of what the driver lets pass.
 SLEEPS, SLEEP_SECONDS = 7, 0.5
+#: SIGKILL to a process and to a thread: a thread alone would take the second (tgkill(2), x86-64).
+KILL = """
+kill -9 {pid}
+python3 -I -S -c 'import ctypes; ctypes.CDLL(None).syscall(234, {pid}, {pid}, 9)'
+"""
 
 TABLE = Table()
 _CHECK = TABLE.phase("beside work that sleeps")
@@ -107,7 +112,7 @@ def signal(flight: Flight, trial: Trial) -> None:
     uuid = flight.rig.mdevs[flight.device]
     found = shell.output(f"grep -ls {uuid[:8]} /proc/[0-9]*/comm || :", deadline).decode().split()
     trial.require(len(found) == 1, f"the device has {len(found)} threads")
-    shell.output(f"kill -9 {found[0].split('/')[2]}", deadline)
+    shell.output(KILL.format(pid=found[0].split("/")[2]), deadline)
     flight.release(space.slow)
     flight.completions(trial, ticket, "DONE", "DONE")
     trial.require(flight.holds(space.slow) and flight.holds(space.plain), "work is not whole")
