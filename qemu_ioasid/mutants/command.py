@@ -39,7 +39,12 @@ def add(commands: Commands) -> None:
         + ", ".join(stage.name for stage in mutants.SUITE),
     )
     command.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="how many at a time"
+        "--jobs",
+        type=int,
+        # A trial waits for deadlines as often as for a processor.
+        default=(os.cpu_count() or 1) + 1,
+        metavar="N",
+        help="how many at a time (default: one more than there are processors)",
     )
     command.add_argument(
         "--write", action="store_true", help="enter what came of them in docs/mutants.md"
