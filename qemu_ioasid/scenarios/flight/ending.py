@@ -14,6 +14,7 @@ from qemu_ioasid.scenarios.flight.ground import (
     SLOW,
     SOON_SECONDS,
     Flight,
+    Space,
     fill,
 )
 from qemu_ioasid.scenarios.table import Table
@@ -103,19 +104,18 @@ def doorbell(flight: Flight, trial: Trial) -> None:
 def close(flight: Flight, trial: Trial) -> None:
     """The access ends, though nobody lets it go on; what is queued is not begun."""
     space, _ = flight.sleeping(PLAIN)
-    closing = flight.host.start("device_close", name=flight.device)
-    flight.ends_work(trial, closing, space.slow, "an access that sleeps")
-    flight.untouched(trial, space.slow, "the access that was ended")
-    flight.untouched(trial, space.plain, "work that was queued")
-    trial.saw("no byte of either")
+    _closes(flight, trial, space)
 
 
 @_CHECK("close-own", "close the device while work without a PASID sleeps")
 def close_own(flight: Flight, trial: Trial) -> None:
     space = flight.space()
-    flight.host.call("raw_attach", device=flight.device, ioas=space.ioas)
-    flight.submit(fill(None, SLOW), fill(None, PLAIN))
-    flight.asleep(space.slow)
+    flight.sleeping_own(space, PLAIN)
+    _closes(flight, trial, space)
+
+
+def _closes(flight: Flight, trial: Trial, space: Space) -> None:
+    """The device can be closed while work sleeps in *space*, and nothing of it is carried out."""
     closing = flight.host.start("device_close", name=flight.device)
     flight.ends_work(trial, closing, space.slow, "an access that sleeps")
     flight.untouched(trial, space.slow, "the access that was ended")

@@ -139,6 +139,13 @@ class Flight:
         self.asleep(space.slow)
         return space, ticket
 
+    def sleeping_own(self, space: Space, *queued: int) -> int:
+        """As `sleeping`, of work without a PASID, for which the device gets *space*."""
+        self.host.call("raw_attach", device=self.device, ioas=space.ioas)
+        ticket = self.submit(*(fill(None, iova) for iova in (SLOW, *queued)))
+        self.asleep(space.slow)
+        return ticket
+
     def release(self, handle: int) -> None:
         """Wake who sleeps in that memory, and let everybody through from now on."""
         self.host.call("slow_release", handle=handle)

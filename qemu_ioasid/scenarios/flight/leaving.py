@@ -128,6 +128,11 @@ def replace_killed(flight: Flight, trial: Trial) -> None:
     trial.require(state == "open", f"the list says {state!r} after that")
     state = flight.tabled(old.pasid)["state"]
     trial.require(state == "ready", f"the table says {state!r} after that")
+    _unmoved(flight, trial, ticket, old, new)
+
+
+def _unmoved(flight: Flight, trial: Trial, ticket: int, old: Space, new: Space) -> None:
+    """The work of *ticket* goes on, all of it in the old memory."""
     flight.release(old.slow)
     flight.completions(trial, ticket, "DONE", "DONE")
     trial.require(flight.holds(old.slow) and flight.holds(old.plain), "the old memory lacks work")
@@ -167,20 +172,18 @@ def own(flight: Flight, trial: Trial) -> None:
 def own_killed(flight: Flight, trial: Trial) -> None:
     """As with a PASID: nothing has moved, and the work goes on."""
     new = flight.space()
-    old, ticket = _sleeping_own(flight, PLAIN)
+    old = flight.registered()
+    ticket = flight.sleeping_own(old, PLAIN)
     flight.waiting(trial, "attach", pasid=None, ioas=new.ioas)
     flight.kill(trial)
-    flight.release(old.slow)
-    flight.completions(trial, ticket, "DONE", "DONE")
-    trial.require(flight.holds(old.slow) and flight.holds(old.plain), "the old memory lacks work")
-    flight.untouched(trial, new.plain, "work in the new memory")
-    trial.saw("both works in the old memory, none in the new")
+    _unmoved(flight, trial, ticket, old, new)
 
 
 @_CHECK("own-detach", "detach that IOAS while the first such work sleeps and the second is queued")
 def own_detach(flight: Flight, trial: Trial) -> None:
     """A PASID that names the same IOAS is not in its way, and goes on."""
-    space, ticket = _sleeping_own(flight, PLAIN)
+    space = flight.registered()
+    ticket = flight.sleeping_own(space, PLAIN)
     leaving = flight.host.start("raw_detach", device=flight.device)
     flight.waits(trial, leaving, "detach", space.slow)
     flight.completions(trial, ticket, "DONE", "FAULT")
@@ -193,7 +196,8 @@ def own_detach(flight: Flight, trial: Trial) -> None:
 @_CHECK("own-detach-killed", "kill a process that detaches that IOAS while such work sleeps")
 def own_detach_killed(flight: Flight, trial: Trial) -> None:
     """That ends the access, before anybody lets it go on."""
-    space, ticket = _sleeping_own(flight)
+    space = flight.registered()
+    ticket = flight.sleeping_own(space)
     flight.waiting(trial, "detach", pasid=None)
     flight.kill(trial)
     flight.completions(trial, ticket, "FAULT")
@@ -276,15 +280,6 @@ def _join(flight: Flight, trial: Trial, call: Pending, space: Space, pasid: int,
     trial.require(soon, "who joins waits for the memory, and has the PASID meanwhile")
     with trial.refusal("EBUSY", "attach of another device meanwhile"):
         join.result(deadline)
-
-
-def _sleeping_own(flight: Flight, *queued: int) -> tuple[Space, int]:
-    """As `Flight.sleeping`, of work without a PASID; the PASID is registered all the same."""
-    space = flight.registered()
-    flight.host.call("raw_attach", device=flight.device, ioas=space.ioas)
-    ticket = flight.submit(*(fill(None, iova) for iova in (SLOW, *queued)))
-    flight.asleep(space.slow)
-    return space, ticket
 
 
 @_CHECK("unmap", "unmap memory while work sleeps in it")
